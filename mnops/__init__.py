@@ -1,0 +1,22 @@
+"""mnops: MobileNets with fused depthwise and pointwise convolution, BatchNorm and activation, forward and backward."""
+
+from mnops import _native
+
+_native.load()  # the schemas of torch.ops.mnops: everything below stands on them
+
+from mnops import nn, ops, reference  # noqa: E402
+from mnops.backends import backend  # noqa: E402
+from mnops.functional import depthwise_conv_bn_act, pointwise_conv_bn_act  # noqa: E402
+from mnops.models import MobileNet  # noqa: E402
+from mnops.ops import Pending  # noqa: E402
+
+__all__ = [
+    "MobileNet",
+    "Pending",
+    "backend",
+    "depthwise_conv_bn_act",
+    "nn",
+    "ops",
+    "pointwise_conv_bn_act",
+    "reference",
+]

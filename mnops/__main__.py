@@ -1,0 +1,29 @@
+"""python -m mnops COMMAND ...: each command is a module with main(argv) -> int, imported when it is asked for."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "info": ("mnops.info", "what was built, what this machine has, which backend serves which op"),
+    "train": ("mnops.train.cli", "train MobileNet on a folder of images or the built-in ones, and test it"),
+    "bench": ("mnops.bench", "measure ops and networks against stock PyTorch"),
+    "report": ("mnops.report", "tables of the measured results"),
+    "tables": ("mnops.tables", "the paper's tables, counted exactly"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command with the rest of the arguments; 2 for a wrong one, as argparse does."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m mnops COMMAND ...\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:8}{what}")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"mnops: command must be one of {', '.join(COMMANDS)}, got {argv[0]!r}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""Which implementation serves an op: the registry, the choice, and the reason where one does not serve.
+
+A backend is a `torch.ops` namespace with the schemas of `torch.ops.mnops`. To add one: a module (or folder) whose
+functions carry the names and arguments of the ops it serves, and one line in BACKENDS.
+"""
+
+import importlib
+import os
+from typing import NamedTuple
+
+import torch
+
+
+class Backend(NamedTuple):
+    name: str
+    namespace: str  # of torch.ops
+    devices: tuple[str, ...]  # device types it runs on; empty: every one
+    module: str | None  # holds the kernels as Python functions; None: they are in the native library
+
+
+# In order of preference: by default the first that serves the op on the tensor's device is taken.
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("cpu", "mnops", ("cpu",), None),
+        Backend("reference", "mnops_reference", (), "mnops.reference"),
+    )
+}
+
+
+def why_not(name: str, op: str, device: str) -> str | None:
+    """Why backend `name` does not serve `op` on tensors of device type `device`; None if it does."""
+    backend = BACKENDS[name]
+    if backend.devices and device not in backend.devices:
+        return f"it runs on {' and '.join(backend.devices)} tensors, not on {device}"
+    if backend.module is None:
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{backend.namespace}::{op}", device.upper())
+    else:
+        try:
+            found = hasattr(importlib.import_module(backend.module), op)
+        except ImportError as error:
+            return str(error)
+    return None if found else f"it has no kernel for {op} on {device}"
+
+
+def _known(name: str, what: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = _known(os.environ["MNOPS_BACKEND"], "MNOPS_BACKEND") if os.environ.get("MNOPS_BACKEND") else None
+_chosen: dict[tuple[str | None, str, str], str] = {}
+
+
+@torch.compiler.assume_constant_result  # the compiler guards on `forced`, and need not look inside
+def _choose(forced: str | None, op: str, device: str) -> str:
+    key = forced, op, device
+    if key not in _chosen:
+        reasons = {name: why_not(name, op, device) for name in ([forced] if forced else BACKENDS)}
+        name = next((name for name, reason in reasons.items() if reason is None), None)
+        if name is None:
+            reason = "; ".join(f"backend {name!r} does not serve it: {reason}" for name, reason in reasons.items())
+            raise RuntimeError(f"{op}: {reason}")
+        _chosen[key] = BACKENDS[name].namespace
+    return _chosen[key]
+
+
+def choose(op: str, device: str) -> str:
+    """The `torch.ops` namespace that serves `op` on device type `device`: the forced backend's, else the best one's.
+
+    Raises RuntimeError with the reason if the forced backend does not serve it.
+    """
+    return _choose(_forced, op, device)
+
+
+class backend:
+    """Context manager that forces one backend: `with mnops.backend("reference"): ...`. The innermost one counts.
+
+    The environment variable MNOPS_BACKEND forces one from the start. Unknown names raise ValueError here; a backend
+    that does not serve an op raises RuntimeError with the reason when the op is called.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _known(name, "backend")
+
+    def __enter__(self) -> None:
+        global _forced
+        self.previous, _forced = _forced, self.name
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self.previous

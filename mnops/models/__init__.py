@@ -1,0 +1,5 @@
+"""Networks."""
+
+from mnops.models.mobilenet import MobileNet
+
+__all__ = ["MobileNet"]

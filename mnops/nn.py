@@ -1,0 +1,268 @@
+"""Blocks of convolution + BatchNorm + activation that run chained: between two convolutions one stored tensor.
+
+Parameters live in plain nn.Conv2d and nn.BatchNorm2d children; the fused forward reads them, so checkpoints,
+SyncBatchNorm conversion, weight-decay groups and DDP work as with stock modules. Each block has two ways to be run:
+
+    block(x: Tensor) -> Tensor                          like any module
+    chain(block, x: Tensor | Pending) -> Pending        BatchNorm and activation left to the next op
+
+A convolution, norm or geometry that the ops do not cover, or that carries hooks, runs through the stock modules.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from mnops import ops, sync
+from mnops.functional import refuse_single_value, update_running
+from mnops.ops import Pending
+from mnops.ops._common import same_padding
+from mnops.reference import ACTIVATIONS, wide
+
+__all__ = ["DepthwiseConvBNAct", "DepthwiseSeparable", "PointwiseConvBNAct", "chain"]
+
+# What the stock path runs. In place where torch's backward does not need the input.
+STOCK_ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: F.relu(x, inplace=True),
+    "relu6": lambda x: F.relu6(x, inplace=True),
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+}
+
+
+def check_act(owner: str, act: str) -> str:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{owner}: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    return act
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: the condition of nn.Module.__call__."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def chain(module: nn.Module, x: Tensor | Pending) -> Pending:
+    """Runs a module on a pending tensor. A block leaves its own norm and activation pending; an nn.Sequential chains
+    its children; a module with hooks, or any other, gets and returns real tensors."""
+    if not has_hooks(module):
+        if isinstance(module, Block):
+            return module.chain(x)
+        if type(module) is nn.Sequential:
+            for child in module:
+                x = chain(child, x)
+            return x if isinstance(x, Pending) else Pending(x)
+    return Pending(module(ops.norm_act(x)))
+
+
+def conv_bn_act(
+    x: Tensor | Pending, conv: nn.Module, bn: nn.Module, act: str, same: bool = False, fused: bool = True
+) -> Pending:
+    """conv on x, its BatchNorm and activation pending. same: pad as TensorFlow's SAME in place of conv.padding."""
+    op = _op_of(conv, bn, same) if fused else None
+    if op is None:
+        return Pending(_stock(ops.norm_act(x), conv, bn, act, same))
+    measure = bn.training or (bn.running_mean is None and bn.running_var is None)
+    padding = "same" if same else conv.padding
+    if op == "depthwise":
+        y, mean, var = ops.depthwise_conv2d(x, conv.weight, conv.stride, padding, conv.dilation, measure)
+    elif op == "pointwise":
+        y, mean, var = ops.pointwise_conv2d(x, conv.weight, measure)
+    else:
+        y, mean, var = ops.stem_conv2d(x, conv.weight, conv.stride, padding, measure)
+    mean, var = _statistics(bn, y, mean, var, conv.bias, measure)
+    return Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
+
+
+def _op_of(conv: nn.Module, bn: nn.Module, same: bool) -> str | None:
+    """Which op computes conv, or None if the stock modules must: subclasses may compute anything."""
+    if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return None
+    if has_hooks(conv) or has_hooks(bn) or conv.padding_mode != "zeros":
+        return None
+    height, width = conv.kernel_size
+    if height != width:
+        return None
+    if conv.groups == conv.in_channels == conv.out_channels:
+        return "depthwise"
+    if conv.groups != 1:
+        return None
+    if height == 1 and conv.stride == (1, 1) and (same or conv.padding in ((0, 0), "valid", "same")):
+        return "pointwise"
+    return "stem" if conv.dilation == (1, 1) else None
+
+
+def _stock(x: Tensor, conv: nn.Module, bn: nn.Module, act: str, same: bool) -> Tensor:
+    if same:
+        sides = [same_padding(*arg) for arg in zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation)]
+        x = F.pad(x, (*sides[1], *sides[0]))
+    return STOCK_ACTIVATIONS[act](bn(conv(x)))
+
+
+def _statistics(
+    bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor, bias: Tensor | None, measured: bool
+) -> tuple[Tensor, Tensor]:
+    """mean and var that bn normalises y with, by the rules of torch.nn.BatchNorm2d; updates its running statistics.
+
+    bias is the convolution's, which y lacks: it only shifts the mean, and (y + bias) - (mean + bias) = y - mean.
+    """
+    if not measured:
+        mean, var = bn.running_mean, bn.running_var
+        return mean if bias is None else mean.to(wide(y)) - bias, var
+    count = y.numel() // y.shape[1]
+    group = sync.group_of(bn)
+    if group is None:
+        refuse_single_value(count, y)
+    else:
+        mean, var, count = sync.synchronise(mean, var, count, group)
+    if bn.training and bn.track_running_stats and bn.running_mean is not None:
+        momentum = bn.momentum
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average; a tensor, so that nothing waits for its value
+                momentum = (1 / bn.num_batches_tracked).to(bn.running_mean.dtype)
+        shifted = mean if bias is None else mean + bias
+        update_running(bn.running_mean, bn.running_var, shifted, var, count, momentum)
+    # bias - bias: its gradient is zero, and there, for whoever waits for one (DDP)
+    return mean if bias is None else mean + (bias - bias), var
+
+
+class Block(nn.Module):
+    """Base of the blocks: forward(Tensor) -> Tensor by way of chain(Tensor | Pending) -> Pending."""
+
+    def __init__(self, act: str, padding: int | Sequence[int] | str | None, fused: bool) -> None:
+        super().__init__()
+        self.act = check_act(type(self).__name__, act)
+        if isinstance(padding, str) and padding != "same":
+            raise ValueError(f'{type(self).__name__}: padding must be ints, None or "same", got {padding!r}')
+        self.same = padding == "same"
+        self.fused = fused
+
+    def chain(self, x: Tensor | Pending) -> Pending:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.norm_act(self.chain(x))
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}" + (', padding="same"' if self.same else "") + ("" if self.fused else ", fused=False")
+
+    def _depthwise(self, channels, kernel_size, stride, padding, dilation, bias, factory) -> nn.Conv2d:
+        if padding is None:
+            padding = dilation * (kernel_size // 2)
+        return nn.Conv2d(
+            channels, channels, kernel_size, stride, 0 if self.same else padding, dilation, channels, bias, **factory
+        )
+
+
+class DepthwiseConvBNAct(Block):
+    """KxK depthwise convolution, BatchNorm, activation. Children: conv, bn.
+
+    Args:
+        channels: in and out.
+        kernel_size: K; 3 is the tuned one.
+        padding: int, (height, width), None (dilation * (K // 2): half the kernel) or "same" (TensorFlow's SAME).
+        bias: of the convolution; it only shifts the mean.
+        act: none, relu, relu6, hardswish or silu.
+        eps, momentum: of the BatchNorm.
+        fused: False runs the children as stock modules.
+
+    Shape: (N, C, H, W) -> (N, C, Ho, Wo), in x's memory format.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | Sequence[int] | str | None = None,
+        dilation: int = 1,
+        bias: bool = False,
+        act: str = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(act, padding, fused)
+        factory = {"device": device, "dtype": dtype}
+        self.conv = self._depthwise(channels, kernel_size, stride, padding, dilation, bias, factory)
+        self.bn = nn.BatchNorm2d(channels, eps, momentum, **factory)
+
+    def chain(self, x: Tensor | Pending) -> Pending:
+        return conv_bn_act(x, self.conv, self.bn, self.act, self.same, self.fused)
+
+
+class PointwiseConvBNAct(Block):
+    """1x1 convolution, BatchNorm, activation. Children: conv, bn. Arguments as DepthwiseConvBNAct.
+
+    Shape: (N, C, H, W) -> (N, O, H, W), in x's memory format.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = False,
+        act: str = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(act, None, fused)
+        factory = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias, **factory)
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
+
+    def chain(self, x: Tensor | Pending) -> Pending:
+        return conv_bn_act(x, self.conv, self.bn, self.act, fused=self.fused)
+
+
+class DepthwiseSeparable(Block):
+    """The MobileNet layer (arXiv:1704.04861, figure 3): depthwise KxK, BatchNorm, activation, 1x1, BatchNorm, activation.
+
+    Children, named as timm's: conv_dw, bn1, conv_pw, bn2. Arguments as DepthwiseConvBNAct.
+
+    Shape: (N, C, H, W) -> (N, O, Ho, Wo), in x's memory format.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | Sequence[int] | str | None = None,
+        dilation: int = 1,
+        act: str = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(act, padding, fused)
+        factory = {"device": device, "dtype": dtype}
+        self.conv_dw = self._depthwise(in_channels, kernel_size, stride, padding, dilation, False, factory)
+        self.bn1 = nn.BatchNorm2d(in_channels, eps, momentum, **factory)
+        self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory)
+        self.bn2 = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
+
+    def chain(self, x: Tensor | Pending) -> Pending:
+        x = conv_bn_act(x, self.conv_dw, self.bn1, self.act, self.same, self.fused)
+        return conv_bn_act(x, self.conv_pw, self.bn2, self.act, fused=self.fused)

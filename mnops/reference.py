@@ -1,0 +1,237 @@
+"""The definition of every op in stock PyTorch: forward and backward, differentiable, on any device.
+
+Each function takes the arguments of its schema (`torch.ops.mnops.<name>`) in the same order. Half precision is
+computed in fp32 and rounded where a tensor is stored; fp64 stays fp64. The backward functions write the equations
+out instead of asking autograd, so that autograd through the forward checks them and they serve double backward.
+
+A *pending* norm (mean, var, gamma, beta, eps, act) belongs to x and is applied on load:
+
+    z = act(pre),   pre = (x - mean) * rstd * gamma + beta,   rstd = (var + eps)^(-1/2)
+
+mean and var None: z = act(x). gamma None: 1. beta None: 0. Padding pads z with zeros.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Vector = Tensor | None
+
+
+def _hardswish_grad(p: Tensor) -> Tensor:
+    return torch.where(p <= -3, 0.0, torch.where(p < 3, p / 3 + 0.5, 1.0))
+
+
+def _silu_grad(p: Tensor) -> Tensor:
+    s = torch.sigmoid(p)
+    return s * (1 + p * (1 - s))
+
+
+# name: (act, act'). At a kink act' is what torch's own backward takes there.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "none": (lambda p: p, torch.ones_like),
+    "relu": (F.relu, lambda p: (p > 0).to(p.dtype)),
+    "relu6": (F.relu6, lambda p: ((p > 0) & (p < 6)).to(p.dtype)),
+    "hardswish": (F.hardswish, _hardswish_grad),
+    "silu": (F.silu, _silu_grad),
+}
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype that sums, statistics and norm vectors of x have: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """The memory format of what is made from x: contiguous NCHW is given back as such, all else is channels_last."""
+    nchw = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if nchw else torch.channels_last
+
+
+def _store(z: Tensor, x: Tensor) -> Tensor:
+    return z.to(dtype=x.dtype, memory_format=layout(x), copy=z is x)
+
+
+def _channel(v: Tensor) -> Tensor:
+    return v.view(-1, 1, 1)
+
+
+def _pre(x: Tensor, mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float) -> Tensor:
+    x = x.to(wide(x))
+    if mean is None:
+        return x
+    scale = (var + eps).rsqrt() if gamma is None else (var + eps).rsqrt() * gamma
+    pre = (x - _channel(mean)) * _channel(scale)
+    return pre if beta is None else pre + _channel(beta)
+
+
+def _pending_backward(
+    gz: Tensor, x: Tensor, mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str
+) -> tuple[Tensor, ...]:
+    """From gz = dL/dz to dL/dx, dL/dmean, dL/dvar, dL/dgamma, dL/dbeta; sums run over N, H, W.
+
+    gp     = gz * act'(pre)
+    dbeta  = sum gp
+    dgamma = sum gp * (x - mean) * rstd          not sum gp * x: |mean| / std may be 1000
+    dmean  = -gamma * rstd * sum gp
+    dvar   = -1/2 * gamma * rstd^2 * dgamma
+    dx     = gp * gamma * rstd
+    """
+    gp = gz * ACTIVATIONS[act][1](_pre(x, mean, var, gamma, beta, eps))
+    if mean is None:
+        return _store(gp, x), *(gp.new_empty(0) for _ in range(4))
+    rstd = (var + eps).rsqrt()
+    scale = rstd if gamma is None else rstd * gamma
+    dbeta = gp.sum((0, 2, 3))
+    dgamma = (gp * (x.to(gp.dtype) - _channel(mean))).sum((0, 2, 3)) * rstd
+    dx = _store(gp * _channel(scale), x)
+    return (
+        dx,
+        -scale * dbeta,
+        -0.5 * scale * rstd * dgamma,
+        gp.new_empty(0) if gamma is None else dgamma,
+        gp.new_empty(0) if beta is None else dbeta,
+    )
+
+
+def _conv2d(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure):
+    z = ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps))
+    top, bottom, left, right = padding
+    z = F.pad(z, (left, right, top, bottom))
+    groups = x.shape[1] // weight.shape[1]
+    y = _store(F.conv2d(z, weight.to(z.dtype), None, stride, 0, dilation, groups), x)
+    if not measure:
+        return y, z.new_empty(0), z.new_empty(0)
+    var_y, mean_y = torch.var_mean(y.to(z.dtype), (0, 2, 3), correction=0)
+    return y, mean_y, var_y
+
+
+def _conv2d_backward(
+    g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
+    stride, padding, dilation, need_input, need_weight,
+):  # fmt: skip
+    """P = N * Ho * Wo:
+
+    gy = g + g_mean / P + 2 * (y - mean_y) * g_var / P
+    gz = conv_transpose(gy, w),   gw = correlate(z, gy),   then _pending_backward(gz)
+    """
+    gy, count = g.to(wide(x)), g.numel() // max(g.shape[1], 1)
+    if g_mean is not None:
+        gy = gy + _channel(g_mean) / count
+    if g_var is not None:
+        gy = gy + (y.to(gy.dtype) - _channel(mean_y)) * _channel(g_var) * (2 / count)
+    z = ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps))
+    (top, bottom, left, right), (height, width) = padding, z.shape[2:]
+    z = F.pad(z, (left, right, top, bottom))
+    groups, need = x.shape[1] // weight.shape[1], [need_input, need_weight, False]
+    gz, gw, _ = torch.ops.aten.convolution_backward(
+        gy, z, weight.to(z.dtype), None, stride, [0, 0], dilation, False, [0, 0], groups, need
+    )
+    if need_weight:
+        gw = gw.to(weight.dtype, memory_format=torch.contiguous_format)
+    else:
+        gw = weight.new_empty(0)
+    if not need_input:
+        return x.new_empty(0), gw, *(z.new_empty(0) for _ in range(4))
+    gz = gz[:, :, top : top + height, left : left + width]
+    dx, *vectors = _pending_backward(gz, x, mean, var, gamma, beta, eps, act)
+    return dx, gw, *vectors
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
+    eps: float = 1e-5, act: str = "none", stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1), measure: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y = conv(z, weight), one (K, K) filter a channel; with `measure` also y's mean and biased variance over N, H, W.
+
+    x (N, C, H, W); weight (C, 1, K, K); padding [top, bottom, left, right] -> y, mean (C,), var (C,); without
+    `measure` mean and var are (0,).
+    """
+    return _conv2d(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure)
+
+
+def depthwise_conv2d_backward(
+    g: Tensor, g_mean: Vector, g_var: Vector, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
+    mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], need_input: bool = True, need_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dweight, dmean, dvar, dgamma, dbeta from g = dL/dy, g_mean = dL/dmean_y, g_var = dL/dvar_y."""
+    return _conv2d_backward(
+        g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
+        stride, padding, dilation, need_input, need_weight,
+    )  # fmt: skip
+
+
+def pointwise_conv2d(
+    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
+    eps: float = 1e-5, act: str = "none", measure: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As depthwise_conv2d with weight (O, C, 1, 1): a product over channels at every pixel."""
+    return _conv2d(x, weight, mean, var, gamma, beta, eps, act, (1, 1), (0, 0, 0, 0), (1, 1), measure)
+
+
+def pointwise_conv2d_backward(
+    g: Tensor, g_mean: Vector, g_var: Vector, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
+    mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str,
+    need_input: bool = True, need_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As depthwise_conv2d_backward."""
+    return _conv2d_backward(
+        g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
+        (1, 1), (0, 0, 0, 0), (1, 1), need_input, need_weight,
+    )  # fmt: skip
+
+
+def stem_conv2d(
+    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
+    eps: float = 1e-5, act: str = "none", stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0),
+    measure: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As depthwise_conv2d with a dense weight (O, C, K, K)."""
+    return _conv2d(x, weight, mean, var, gamma, beta, eps, act, stride, padding, (1, 1), measure)
+
+
+def stem_conv2d_backward(
+    g: Tensor, g_mean: Vector, g_var: Vector, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
+    mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str, stride: Sequence[int],
+    padding: Sequence[int], need_input: bool = True, need_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As depthwise_conv2d_backward."""
+    return _conv2d_backward(
+        g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
+        stride, padding, (1, 1), need_input, need_weight,
+    )  # fmt: skip
+
+
+def norm_act(
+    x: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
+    eps: float = 1e-5, act: str = "none",
+) -> Tensor:  # fmt: skip
+    """z, (N, C, H, W): the pending norm and activation applied."""
+    return _store(ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps)), x)
+
+
+def norm_act_backward(
+    g: Tensor, x: Tensor, mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dmean, dvar, dgamma, dbeta from g = dL/dz."""
+    return _pending_backward(g.to(wide(x)), x, mean, var, gamma, beta, eps, act)
+
+
+def norm_act_pool(
+    x: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
+    eps: float = 1e-5, act: str = "none",
+) -> Tensor:  # fmt: skip
+    """The mean of z over H and W, (N, C)."""
+    return ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps)).mean((2, 3)).to(x.dtype)
+
+
+def norm_act_pool_backward(
+    g: Tensor, x: Tensor, mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As norm_act_backward with g (N, C): gz = g / (H * W) at every pixel."""
+    gz = (g.to(wide(x)) / (x.shape[2] * x.shape[3]))[:, :, None, None].expand(x.shape)
+    return _pending_backward(gz, x, mean, var, gamma, beta, eps, act)
