@@ -1,4 +1,4 @@
-"""mnops: MobileNets with fused depthwise and pointwise convolution, BatchNorm and activation, forward and backward."""
+"""mnops: MobileNets whose convolutions, BatchNorms and activations are fused, forward and backward."""
 
 from mnops import _native
 

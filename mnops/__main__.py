@@ -1,4 +1,4 @@
-"""python -m mnops COMMAND ...: each command is a module with main(argv) -> int, imported when it is asked for."""
+"""python -m mnops COMMAND ...: a command is a module with main(argv) -> int, imported when asked for."""
 
 import importlib
 import sys

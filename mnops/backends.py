@@ -1,7 +1,7 @@
 """Which implementation serves an op: the registry, the choice, and the reason where one does not serve.
 
-A backend is a `torch.ops` namespace with the schemas of `torch.ops.mnops`. To add one: a module (or folder) whose
-functions carry the names and arguments of the ops it serves, and one line in BACKENDS.
+A backend is a `torch.ops` namespace with the schemas of `torch.ops.mnops`. To add one: a module or folder
+whose functions have the names and arguments of the ops it serves, and one line in BACKENDS.
 """
 
 import importlib
@@ -43,13 +43,14 @@ def why_not(name: str, op: str, device: str) -> str | None:
     return None if found else f"it has no kernel for {op} on {device}"
 
 
-def _known(name: str, what: str) -> str:
+def _known(name: str, what: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
 
 
-_forced: str | None = _known(os.environ["MNOPS_BACKEND"], "MNOPS_BACKEND") if os.environ.get("MNOPS_BACKEND") else None
+_forced: str | None = os.environ.get("MNOPS_BACKEND") or None
+if _forced:
+    _known(_forced, "MNOPS_BACKEND")
 _chosen: dict[tuple[str | None, str, str], str] = {}
 
 
@@ -60,14 +61,14 @@ def _choose(forced: str | None, op: str, device: str) -> str:
         reasons = {name: why_not(name, op, device) for name in ([forced] if forced else BACKENDS)}
         name = next((name for name, reason in reasons.items() if reason is None), None)
         if name is None:
-            reason = "; ".join(f"backend {name!r} does not serve it: {reason}" for name, reason in reasons.items())
-            raise RuntimeError(f"{op}: {reason}")
+            said = "; ".join(f"backend {name!r} does not serve it: {why}" for name, why in reasons.items())
+            raise RuntimeError(f"{op}: {said}")
         _chosen[key] = BACKENDS[name].namespace
     return _chosen[key]
 
 
 def choose(op: str, device: str) -> str:
-    """The `torch.ops` namespace that serves `op` on device type `device`: the forced backend's, else the best one's.
+    """The `torch.ops` namespace that serves `op` on device type `device`: the forced backend's or the best.
 
     Raises RuntimeError with the reason if the forced backend does not serve it.
     """
@@ -75,14 +76,15 @@ def choose(op: str, device: str) -> str:
 
 
 class backend:
-    """Context manager that forces one backend: `with mnops.backend("reference"): ...`. The innermost one counts.
+    """Context manager that forces one backend: `with mnops.backend("reference"): ...`. The innermost counts.
 
-    The environment variable MNOPS_BACKEND forces one from the start. Unknown names raise ValueError here; a backend
-    that does not serve an op raises RuntimeError with the reason when the op is called.
+    The environment variable MNOPS_BACKEND forces one from the start. An unknown name raises ValueError; a
+    backend that does not serve an op raises RuntimeError with the reason when the op is called.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = _known(name, "backend")
+        _known(name, "backend")
+        self.name = name
 
     def __enter__(self) -> None:
         global _forced

@@ -9,12 +9,19 @@ from mnops.ops import Pending
 
 
 def update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int | Tensor, momentum: float | Tensor
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor,
+    momentum: float | Tensor,
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch, in place; the variance unbiased: var * n / (n - 1)."""
-    unbiased = var.detach() * (count / (count - 1))
-    running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    """running += momentum * (batch - running), in place; the batch's variance unbiased: var * n / (n - 1)."""
+    mean, var = mean.detach(), var.detach() * (count / (count - 1))
+    if mean.dtype != running_mean.dtype:  # a half module's
+        mean, var = mean.to(running_mean.dtype), var.to(running_mean.dtype)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var, momentum)
 
 
 def refuse_single_value(count: int, y: Tensor) -> None:
@@ -22,22 +29,24 @@ def refuse_single_value(count: int, y: Tensor) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
 
 
-def _norm_act(y, mean, var, weight, bias, running_mean, running_var, training, momentum, eps, act) -> Tensor:
+def _batch_norm_act(measured, weight, bias, running, training, momentum, eps, act) -> Tensor:
+    y, mean, var = measured
     count = y.numel() // y.shape[1]
     if training:
         refuse_single_value(count, y)
-    used = (mean, var) if training else (running_mean, running_var)
-    z = ops.norm_act(Pending(y, *used, weight, bias, eps, act))
-    if training and running_mean is not None:  # after the checks of norm_act: an error changes nothing
-        update_running(running_mean, running_var, mean, var, count, momentum)
+    z = ops.norm_act(Pending(y, *((mean, var) if training else running), weight, bias, eps, act))
+    if training and running[0] is not None:  # after the checks of norm_act: an error changes nothing
+        update_running(*running, mean, var, count, momentum)
     return z
 
 
-def _check_running(op: str, running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(f"{op}: running_mean and running_var must be given together")
-    if running_mean is None and not training:
-        raise ValueError(f"{op}: running_mean and running_var must be given with training=False, got None")
+def _check_running(op: str, running: tuple[Tensor | None, Tensor | None], training: bool) -> None:
+    given = [v is not None for v in running]
+    if given[0] != given[1] or not (training or all(given)):
+        raise ValueError(
+            f"{op}: running_mean and running_var must be given both, or neither with training=True, "
+            f"got {given} with training={training}"
+        )
 
 
 def depthwise_conv_bn_act(
@@ -62,7 +71,7 @@ def depthwise_conv_bn_act(
         weight: (C, 1, K, K).
         bn_weight, bn_bias: (C,) or None: 1 and 0.
         running_mean, running_var: (C,), updated in place in training as F.batch_norm does; None: not kept.
-        training: normalise with the batch's statistics (which needs more than one value per channel), else with the
+        training: normalise with the batch's statistics, over more than one value per channel; else with the
             running ones.
         padding: int, (height, width), (top, bottom, left, right), "valid" or "same" (TensorFlow's).
         act: none, relu, relu6, hardswish or silu.
@@ -73,9 +82,10 @@ def depthwise_conv_bn_act(
     Raises:
         ValueError, TypeError: with the rule and the value received; nothing is changed before.
     """
-    _check_running("depthwise_conv_bn_act", running_mean, running_var, training)
-    y, mean, var = ops.depthwise_conv2d(x, weight, stride, padding, dilation, measure=training)
-    return _norm_act(y, mean, var, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, act)
+    running = running_mean, running_var
+    _check_running("depthwise_conv_bn_act", running, training)
+    measured = ops.depthwise_conv2d(x, weight, stride, padding, dilation, measure=training)
+    return _batch_norm_act(measured, bn_weight, bn_bias, running, training, momentum, eps, act)
 
 
 def pointwise_conv_bn_act(
@@ -90,7 +100,8 @@ def pointwise_conv_bn_act(
     eps: float = 1e-5,
     act: str = "relu",
 ) -> Tensor:
-    """act(F.batch_norm(F.conv2d(x, weight), ...)): as `depthwise_conv_bn_act` with weight (O, C, 1, 1), vectors (O,)."""
-    _check_running("pointwise_conv_bn_act", running_mean, running_var, training)
-    y, mean, var = ops.pointwise_conv2d(x, weight, measure=training)
-    return _norm_act(y, mean, var, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, act)
+    """act(F.batch_norm(F.conv2d(x, weight), ...)), weight (O, C, 1, 1): else as `depthwise_conv_bn_act`."""
+    running = running_mean, running_var
+    _check_running("pointwise_conv_bn_act", running, training)
+    measured = ops.pointwise_conv2d(x, weight, measure=training)
+    return _batch_norm_act(measured, bn_weight, bn_bias, running, training, momentum, eps, act)

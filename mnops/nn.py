@@ -1,12 +1,12 @@
-"""Blocks of convolution + BatchNorm + activation that run chained: between two convolutions one stored tensor.
+"""Convolution + BatchNorm + activation blocks, run chained: between two convolutions one stored tensor.
 
 Parameters live in plain nn.Conv2d and nn.BatchNorm2d children; the fused forward reads them, so checkpoints,
-SyncBatchNorm conversion, weight-decay groups and DDP work as with stock modules. Each block has two ways to be run:
+SyncBatchNorm conversion, weight-decay groups and DDP work as with stock modules. A block is run in two ways:
 
     block(x: Tensor) -> Tensor                          like any module
-    chain(block, x: Tensor | Pending) -> Pending        BatchNorm and activation left to the next op
+    chain(block, x: Tensor | Pending) -> Pending        its BatchNorm and activation left to the next op
 
-A convolution, norm or geometry that the ops do not cover, or that carries hooks, runs through the stock modules.
+What the ops do not cover (another kind of convolution or norm, children with hooks) runs as stock modules.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch.nn.modules import module as _module
 from mnops import ops, sync
 from mnops.functional import refuse_single_value, update_running
 from mnops.ops import Pending
-from mnops.ops._common import same_padding
+from mnops.ops._contract import same_padding
 from mnops.reference import ACTIVATIONS, wide
 
 __all__ = ["DepthwiseConvBNAct", "DepthwiseSeparable", "PointwiseConvBNAct", "chain"]
@@ -55,8 +55,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def chain(module: nn.Module, x: Tensor | Pending) -> Pending:
-    """Runs a module on a pending tensor. A block leaves its own norm and activation pending; an nn.Sequential chains
-    its children; a module with hooks, or any other, gets and returns real tensors."""
+    """Runs a module on a pending tensor.
+
+    A block leaves its own norm and activation pending; an nn.Sequential chains its children; any other
+    module, and one with hooks, gets and returns real tensors.
+    """
     if not has_hooks(module):
         if isinstance(module, Block):
             return module.chain(x)
@@ -70,7 +73,7 @@ def chain(module: nn.Module, x: Tensor | Pending) -> Pending:
 def conv_bn_act(
     x: Tensor | Pending, conv: nn.Module, bn: nn.Module, act: str, same: bool = False, fused: bool = True
 ) -> Pending:
-    """conv on x, its BatchNorm and activation pending. same: pad as TensorFlow's SAME in place of conv.padding."""
+    """conv on x, bn and act pending. same: padding is TensorFlow's SAME in place of conv.padding."""
     op = _op_of(conv, bn, same) if fused else None
     if op is None:
         return Pending(_stock(ops.norm_act(x), conv, bn, act, same))
@@ -114,9 +117,9 @@ def _stock(x: Tensor, conv: nn.Module, bn: nn.Module, act: str, same: bool) -> T
 def _statistics(
     bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor, bias: Tensor | None, measured: bool
 ) -> tuple[Tensor, Tensor]:
-    """mean and var that bn normalises y with, by the rules of torch.nn.BatchNorm2d; updates its running statistics.
+    """The mean and var that bn normalises y with, and its running statistics updated, by torch's rules.
 
-    bias is the convolution's, which y lacks: it only shifts the mean, and (y + bias) - (mean + bias) = y - mean.
+    bias is the convolution's, which y lacks: it only shifts means, and (y + bias) - (mean + bias) = y - mean.
     """
     if not measured:
         mean, var = bn.running_mean, bn.running_var
@@ -157,14 +160,13 @@ class Block(nn.Module):
         return ops.norm_act(self.chain(x))
 
     def extra_repr(self) -> str:
-        return f"act={self.act!r}" + (', padding="same"' if self.same else "") + ("" if self.fused else ", fused=False")
+        return f"act={self.act!r}, same={self.same}, fused={self.fused}"
 
     def _depthwise(self, channels, kernel_size, stride, padding, dilation, bias, factory) -> nn.Conv2d:
         if padding is None:
             padding = dilation * (kernel_size // 2)
-        return nn.Conv2d(
-            channels, channels, kernel_size, stride, 0 if self.same else padding, dilation, channels, bias, **factory
-        )
+        sides = 0 if self.same else padding
+        return nn.Conv2d(channels, channels, kernel_size, stride, sides, dilation, channels, bias, **factory)
 
 
 class DepthwiseConvBNAct(Block):
@@ -173,7 +175,7 @@ class DepthwiseConvBNAct(Block):
     Args:
         channels: in and out.
         kernel_size: K; 3 is the tuned one.
-        padding: int, (height, width), None (dilation * (K // 2): half the kernel) or "same" (TensorFlow's SAME).
+        padding: int, (height, width), None (dilation * (K // 2)) or "same" (TensorFlow's SAME).
         bias: of the convolution; it only shifts the mean.
         act: none, relu, relu6, hardswish or silu.
         eps, momentum: of the BatchNorm.
@@ -234,7 +236,7 @@ class PointwiseConvBNAct(Block):
 
 
 class DepthwiseSeparable(Block):
-    """The MobileNet layer (arXiv:1704.04861, figure 3): depthwise KxK, BatchNorm, activation, 1x1, BatchNorm, activation.
+    """The layer of MobileNet (arXiv:1704.04861, figure 3): depthwise, then 1x1, both with BatchNorm and act.
 
     Children, named as timm's: conv_dw, bn1, conv_pw, bn2. Arguments as DepthwiseConvBNAct.
 

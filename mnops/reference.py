@@ -1,8 +1,9 @@
 """The definition of every op in stock PyTorch: forward and backward, differentiable, on any device.
 
-Each function takes the arguments of its schema (`torch.ops.mnops.<name>`) in the same order. Half precision is
-computed in fp32 and rounded where a tensor is stored; fp64 stays fp64. The backward functions write the equations
-out instead of asking autograd, so that autograd through the forward checks them and they serve double backward.
+Each function takes the arguments of its schema, `torch.ops.mnops.<name>`, in the same order. Half precision
+is computed in fp32 and rounded where a tensor is stored; fp64 stays fp64. The backward functions spell the
+equations out rather than ask autograd: so autograd through the forward checks them, and they can be
+differentiated again.
 
 A *pending* norm (mean, var, gamma, beta, eps, act) belongs to x and is applied on load:
 
@@ -45,7 +46,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The memory format of what is made from x: contiguous NCHW is given back as such, all else is channels_last."""
+    """Memory format of what is made from x: contiguous NCHW is given back as such, all else channels_last."""
     nchw = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if nchw else torch.channels_last
 
@@ -111,7 +112,7 @@ def _conv2d(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilati
 def _conv2d_backward(
     g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
     stride, padding, dilation, need_input, need_weight,
-):  # fmt: skip
+):
     """P = N * Ho * Wo:
 
     gy = g + g_mean / P + 2 * (y - mean_y) * g_var / P
@@ -141,11 +142,11 @@ def _conv2d_backward(
 
 
 def depthwise_conv2d(
-    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
-    eps: float = 1e-5, act: str = "none", stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1), measure: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y = conv(z, weight), one (K, K) filter a channel; with `measure` also y's mean and biased variance over N, H, W.
+    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None,
+    beta: Vector = None, eps: float = 1e-5, act: str = "none", stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0), dilation: Sequence[int] = (1, 1), measure: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = conv(z, weight), one (K, K) filter a channel; mean and biased variance over N, H, W of the y stored.
 
     x (N, C, H, W); weight (C, 1, K, K); padding [top, bottom, left, right] -> y, mean (C,), var (C,); without
     `measure` mean and var are (0,).
@@ -157,18 +158,18 @@ def depthwise_conv2d_backward(
     g: Tensor, g_mean: Vector, g_var: Vector, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
     mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], need_input: bool = True, need_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dmean, dvar, dgamma, dbeta from g = dL/dy, g_mean = dL/dmean_y, g_var = dL/dvar_y."""
     return _conv2d_backward(
         g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
         stride, padding, dilation, need_input, need_weight,
-    )  # fmt: skip
+    )
 
 
 def pointwise_conv2d(
-    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
-    eps: float = 1e-5, act: str = "none", measure: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None,
+    beta: Vector = None, eps: float = 1e-5, act: str = "none", measure: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_conv2d with weight (O, C, 1, 1): a product over channels at every pixel."""
     return _conv2d(x, weight, mean, var, gamma, beta, eps, act, (1, 1), (0, 0, 0, 0), (1, 1), measure)
 
@@ -177,19 +178,19 @@ def pointwise_conv2d_backward(
     g: Tensor, g_mean: Vector, g_var: Vector, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
     mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str,
     need_input: bool = True, need_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As depthwise_conv2d_backward."""
     return _conv2d_backward(
         g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
         (1, 1), (0, 0, 0, 0), (1, 1), need_input, need_weight,
-    )  # fmt: skip
+    )
 
 
 def stem_conv2d(
-    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
-    eps: float = 1e-5, act: str = "none", stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0),
-    measure: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None,
+    beta: Vector = None, eps: float = 1e-5, act: str = "none", stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0), measure: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_conv2d with a dense weight (O, C, K, K)."""
     return _conv2d(x, weight, mean, var, gamma, beta, eps, act, stride, padding, (1, 1), measure)
 
@@ -198,18 +199,18 @@ def stem_conv2d_backward(
     g: Tensor, g_mean: Vector, g_var: Vector, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
     mean: Vector, var: Vector, gamma: Vector, beta: Vector, eps: float, act: str, stride: Sequence[int],
     padding: Sequence[int], need_input: bool = True, need_weight: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As depthwise_conv2d_backward."""
     return _conv2d_backward(
         g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act,
         stride, padding, (1, 1), need_input, need_weight,
-    )  # fmt: skip
+    )
 
 
 def norm_act(
     x: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
     eps: float = 1e-5, act: str = "none",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """z, (N, C, H, W): the pending norm and activation applied."""
     return _store(ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps)), x)
 
@@ -224,7 +225,7 @@ def norm_act_backward(
 def norm_act_pool(
     x: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
     eps: float = 1e-5, act: str = "none",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The mean of z over H and W, (N, C)."""
     return ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps)).mean((2, 3)).to(x.dtype)
 

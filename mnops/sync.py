@@ -6,15 +6,19 @@ from torch import Tensor, nn
 
 
 def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
-    """The process group whose batches bn normalises together, by torch.nn.SyncBatchNorm's rule; None if it is alone."""
-    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
+    """The process group whose batches bn normalises as one, as nn.SyncBatchNorm decides; None: alone."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
-def synchronise(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and biased variance (C,) of `count` values per channel here -> those of all processes, and their count ().
+def synchronise(
+    mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance (C,) of `count` values here -> those of all processes' values, and the count.
 
     With n_i, m_i, v_i of process i and N = sum n_i:
 
@@ -43,7 +47,7 @@ class _Synchronise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_mean, g_var, _):
-        """dm_i = n_i / N (g_mean + 2 (m_i - mean) g_var),  dv_i = n_i / N g_var, with g summed over the processes."""
+        """dm_i = n_i / N (g_mean + 2 (m_i - mean) g_var), dv_i = n_i / N g_var; g summed over processes."""
         away, share = ctx.saved_tensors
         g = torch.cat([g_mean, g_var])
         dist.all_reduce(g, group=ctx.group)

@@ -10,8 +10,8 @@ from mnops import ops
 from mnops.nn import Block, DepthwiseSeparable, chain, check_act, conv_bn_act
 from mnops.ops import Pending
 
-# Table 1 of the paper. Each separable layer: pointwise output channels, depthwise stride. The last one is printed
-# with stride 2, but its input and output are both 7 x 7: stride 1. Grouped into stages of one resolution, as timm.
+# Table 1 of the paper: pointwise output channels and depthwise stride of each separable layer. One row is one
+# resolution, as timm's stages. The last stride is printed as 2, but input and output are both 7 x 7: it is 1.
 STEM_CHANNELS = 32
 STAGES = (
     ((64, 1),),
@@ -23,8 +23,10 @@ STAGES = (
 
 
 def scaled(channels: int, width_mult: float) -> int:
-    """width_mult * channels to the nearest multiple of 8, never below 90 % of it: whole vectors in the kernels, and
-    the paper's own numbers at its four widths."""
+    """width_mult * channels to the nearest multiple of 8 (whole vectors in the kernels), at least 90 % of it.
+
+    At the paper's four widths these are its own numbers.
+    """
     wanted = channels * width_mult
     rounded = max(8, int(wanted + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * wanted else rounded
@@ -33,9 +35,9 @@ def scaled(channels: int, width_mult: float) -> int:
 class MobileNet(nn.Module):
     """MobileNet v1, run chained: between two convolutions one stored tensor, in training and in eval.
 
-    The state_dict has the keys and shapes of timm's `mobilenetv1_100`, and the logits are equal with its settings
-    (act="relu6"). TF-slim and Keras weights want padding="same", act="relu6", bn_eps=1e-3. Inside, everything is
-    channels_last; the image is converted once. The height and width of the image are free.
+    The state_dict has the keys and shapes of timm's `mobilenetv1_100`, and with its act="relu6" the logits
+    are equal. TF-slim's and Keras' weights want padding="same", act="relu6", bn_eps=1e-3. Inside, everything
+    is channels_last; the image is converted once. The height and width of the image are free.
 
     Args:
         num_classes: 0 for no classifier.
@@ -44,16 +46,16 @@ class MobileNet(nn.Module):
         act: none, relu (the paper's), relu6, hardswish or silu.
         bn_eps, bn_momentum: of every BatchNorm.
         dropout: share of features dropped before the classifier.
-        padding: "symmetric" (1 on each side, as timm) or "same" (TensorFlow's SAME: at stride 2 on an even size one
-            side only).
-        fused: False runs the very same modules through stock PyTorch; also an attribute that can be set later.
+        padding: "symmetric" (1 on each side, as timm) or "same" (TensorFlow's SAME: one-sided at stride 2 on
+            an even size).
+        fused: False runs the very same modules through stock PyTorch; it can be set later as an attribute.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), or (N, num_features) without classifier.
 
-    Convolutions start from a normal of variance 2 / fan_out, a filter's fan_out counted per group (He et al.,
-    arXiv:1502.01852, as timm does for depthwise): one rule for both kinds, where TF-slim's fixed 0.09 would need a
-    width to fit. BatchNorm makes the scale of little matter. The classifier starts from a normal of 0.01 and bias 0:
-    near-uniform predictions.
+    Convolutions start from a normal of variance 2 / fan_out (He et al., arXiv:1502.01852), fan_out counted
+    per group as timm does: one rule for both kinds and every width, where TF-slim has one fixed deviation of
+    0.09; BatchNorm makes the scale matter little. The classifier starts from a normal of deviation 0.01 and
+    bias 0: near-uniform predictions.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class MobileNet(nn.Module):
                     DepthwiseSeparable(
                         channels, out, stride=stride, padding="same" if self.same else None, act=act,
                         eps=bn_eps, momentum=bn_momentum,
-                    )  # fmt: skip
+                    )
                 )
                 channels = out
             self.blocks.append(blocks)
@@ -118,7 +120,7 @@ class MobileNet(nn.Module):
                 module.fused = fused
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier for num_classes classes on the old one's device and dtype; 0: none, features come out."""
+        """A new classifier for num_classes classes, on the network's device and dtype; 0: none."""
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"MobileNet: num_classes must be an int of 0 or more, got {num_classes!r}")
         self.num_classes = num_classes
@@ -142,7 +144,7 @@ class MobileNet(nn.Module):
         return ops.norm_act(self._body(x))
 
     def forward_head(self, x: Tensor | Pending, pre_logits: bool = False) -> Tensor:
-        """Average pooling, dropout, classifier on the last feature map; pre_logits: stop before the classifier."""
+        """Average pooling, dropout and classifier; pre_logits: without the classifier."""
         if self._fused:
             x = ops.norm_act_pool(x)
         else:

@@ -1,6 +1,6 @@
 """The ops, one file each: public function, contract, fake kernel, FLOP formula, registration."""
 
-from mnops.ops._common import Pending
+from mnops.ops._contract import Pending
 from mnops.ops.depthwise_conv2d import depthwise_conv2d
 from mnops.ops.norm_act import norm_act
 from mnops.ops.norm_act_pool import norm_act_pool

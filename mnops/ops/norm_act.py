@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from mnops.ops import _common as c
+from mnops.ops import _contract as c
+from mnops.ops import _register as r
 
 NAME = "norm_act"
 
@@ -10,11 +11,10 @@ NAME = "norm_act"
 def norm_act(x: Tensor | c.Pending) -> Tensor:
     """z = act((x - mean) * rstd * gamma + beta), stored.
 
-    Backward from g = dL/dz: gp = g * act'(pre), and from it dL/dx, dL/dmean, dL/dvar, dL/dgamma, dL/dbeta as in
-    `depthwise_conv2d`.
+    Backward from g = dL/dz: gp = g * act'(pre), and from it all gradients as in `depthwise_conv2d`.
 
     Args:
-        x: a `Pending` (N, C, H, W) tensor. A Tensor, or a Pending with neither norm nor activation, is z itself.
+        x: `Pending` (N, C, H, W). A Tensor, or one with neither norm nor activation pending, is z itself.
 
     Returns:
         z (N, C, H, W) in x's dtype and memory format.
@@ -28,7 +28,7 @@ def norm_act(x: Tensor | c.Pending) -> Tensor:
     check(*args)
     if x.mean is None and x.act == "none":
         return x.x
-    return c.run(NAME, args)
+    return r.run(NAME, args)
 
 
 def check(x, mean, var, gamma, beta, eps, act) -> None:
@@ -36,13 +36,13 @@ def check(x, mean, var, gamma, beta, eps, act) -> None:
     c.check_pending(NAME, x, mean, var, gamma, beta, eps, act)
 
 
-def fake(x, mean, var, gamma, beta, eps, act):
-    check(x, mean, var, gamma, beta, eps, act)
-    return c.like(x, x.shape)
+def fake(*args):
+    check(*args)
+    return r.like(args[0], args[0].shape)
 
 
 def flops(*args, **kwargs) -> int:
-    return 0  # by the convention of torch.utils.flop_counter: products only, so that totals compare with stock
+    return 0  # torch.utils.flop_counter counts products only: so totals compare with the stock network's
 
 
-c.register(NAME, fake, c.norm_backward_fake, c.norm_setup_context, c.norm_backward, flops, flops)
+r.register(NAME, fake, r.norm_backward_fake, r.norm_setup_context, r.norm_backward, flops, flops)
