@@ -1,0 +1,47 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace mnops {
+
+const std::vector<Capability>& capabilities() {
+  static const std::vector<Capability> all = {
+      {&scalar_kernels, "scalar", true},
+#if defined(__x86_64__)
+      {
+#ifdef MNOPS_HAS_AVX2
+          &avx2_kernels,
+#else
+          nullptr,
+#endif
+          "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#endif
+  };
+  return all;
+}
+
+const InstructionSet& instruction_set(const std::string& name) {
+  std::string known;
+  for (const Capability& c : capabilities()) {
+    known += std::string(known.empty() ? "" : ", ") + c.name;
+    if (name != c.name) continue;
+    if (!c.kernels) throw std::runtime_error("instruction set " + name + " was not built into mnops");
+    if (!c.supported) throw std::runtime_error("this CPU does not have the instruction set " + name);
+    return *c.kernels;
+  }
+  throw std::runtime_error("instruction set must be one of " + known + ", got " + name);
+}
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& chosen = []() -> const InstructionSet& {
+    if (const char* forced = std::getenv("MNOPS_CPU_CAPABILITY"); forced && *forced) return instruction_set(std::string(forced));
+    const InstructionSet* best = &scalar_kernels;
+    for (const Capability& c : capabilities())
+      if (c.kernels && c.supported) best = c.kernels;
+    return *best;
+  }();
+  return chosen;
+}
+
+}  // namespace mnops

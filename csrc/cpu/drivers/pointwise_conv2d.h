@@ -1,0 +1,103 @@
+// Cuts a matrix product over pixels into blocks that fit the caches, packs the weights, reduces the weight gradient.
+// The stem is the same product over gathered windows: `window` is null for a pointwise convolution.
+#pragma once
+#include "cpu/drivers/common.h"
+
+namespace mnops {
+
+template <class T> int64_t block_of_pixels(int64_t bytes, int64_t channels, int64_t pixels, int mr) {
+  const int64_t mc = std::clamp<int64_t>(bytes / int64_t(sizeof(T)) / channels, mr, 192);
+  return std::max<int64_t>(mr, std::min(mc, ceil_div(pixels, mr) * mr) / mr * mr);
+}
+
+// Packs the (o, k) matrix by panels over o (forward) or over k (backward), on all threads.
+template <class T>
+Buffer<T> pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
+  const int64_t panels = ceil_div(by_output ? o : k, kernels.nr);
+  Buffer<T> packed = uninitialised<T>(panels * (by_output ? k : o) * kernels.nr);
+  const int count = threads.worth(o * k);
+  threads.run(count, [&](int t) {
+    (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, panels * t / count, panels * (t + 1) / count, packed.get());
+  });
+  return packed;
+}
+
+template <class T>
+void matmul_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m, int64_t k, int64_t o, const Window* window,
+                   const void* x, const T* weight, const Pending<T>& pending, void* y, T* mean, T* var) {
+  Pointwise<T> p{};
+  p.m = m, p.k = k, p.o = o;
+  const int count = threads.worth(m * (k + o));
+  const int64_t channels = window ? window->c : k;
+  const NormVectors<T> norm(pending, channels, k / channels);
+  const Buffer<T> packed = pack_matrix(kernels, threads, weight, o, k, true);
+  p.x = x, p.out = y, p.packed = packed.get(), p.norm = norm.norm, p.measure = mean != nullptr;
+
+  // A block of z in half of L2. Few pixels (a small batch on a late layer): cut the output channels instead.
+  const int64_t panels = ceil_div(o, kernels.nr);
+  p.mc = block_of_pixels<T>(192 * 1024, k, m, kernels.mr);
+  const bool by_panel = m / count < 4 * kernels.mr && panels >= count;
+  const ThreadMoments moments(count, o);
+  const size_t bytes = kernels.matmul_forward_scratch(p);
+  threads.run(count, [&](int t) {
+    const int64_t rows = ceil_div(m, kernels.mr);
+    const int64_t begin = by_panel ? 0 : rows * t / count * kernels.mr, end = by_panel ? m : std::min(m, rows * (t + 1) / count * kernels.mr);
+    const int64_t first = by_panel ? panels * t / count : 0, last = by_panel ? panels * (t + 1) / count : panels;
+    if (window) kernels.stem_forward(p, *window, begin, end, first, last, moments.moments(t), scratch(bytes));
+    else kernels.pointwise_forward(p, begin, end, first, last, moments.moments(t), scratch(bytes));
+  });
+  if (mean) moments.write(count, o, mean, var);
+}
+
+template <class T>
+void matmul_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, int64_t m, int64_t k, int64_t o,
+                            const Window* window, const Output<T>& out, const void* x, const T* weight,
+                            const Pending<T>& pending, void* dx, T* dweight, const PendingGrads<T>& grads) {
+  Pointwise<T> p{};
+  p.m = m, p.k = k, p.o = o;
+  const int64_t images = window ? m / (window->ho * window->wo) : 0;
+  int count = threads.worth(m * (k + o));
+  if (window) count = int(std::clamp<int64_t>(images, 1, count));
+  const int64_t channels = window ? window->c : k;
+  const NormVectors<T> norm(pending, channels, k / channels);
+  const IncomingVectors<T> incoming(out, o, m);
+  const Buffer<T> packed = dx ? pack_matrix(kernels, threads, weight, o, k, false) : Buffer<T>();
+  p.x = x, p.out = dx, p.packed = packed.get(), p.norm = norm.norm, p.incoming = incoming.incoming;
+  p.need_weight = dweight != nullptr;
+  // Blocks of gy and z together in L2, with room for the panel of weights that meets them.
+  p.mc = block_of_pixels<T>(288 * 1024, k + o, m, kernels.mr);
+
+  const int64_t nr = kernels.nr, op = ceil_div(o, nr) * nr, kp = ceil_div(k, nr) * nr, size = kp * op;
+  const Buffer<T> gw = dweight ? uninitialised<T>(count * size) : Buffer<T>();
+  const ThreadNormSums sums(count, channels);
+  const size_t bytes = kernels.matmul_backward_scratch(p);
+  const size_t image = window && dx ? size_t(window->h * window->w * window->c) * sizeof(T) : 0;
+  threads.run(count, [&](int t) {
+    T* own = dweight ? gw.get() + t * size : nullptr;
+    if (own) std::memset(own, 0, size * sizeof(T));
+    char* memory = scratch(bytes + image);
+    if (window) {
+      kernels.stem_backward(p, *window, images * t / count, images * (t + 1) / count, own, sums.sums(t), memory,
+                            reinterpret_cast<T*>(memory + bytes));
+    } else {
+      const int64_t rows = ceil_div(m, kernels.mr);
+      kernels.pointwise_backward(p, rows * t / count * kernels.mr, std::min(m, rows * (t + 1) / count * kernels.mr), own,
+                                 sums.sums(t), memory);
+    }
+  });
+  if (dx) sums.write(count, channels, pending, grads);
+  if (!dweight) return;
+  const int64_t panels = kp / nr;
+  const int sharers = threads.worth(size);
+  threads.run(sharers, [&](int t) {  // [panel of k][o][nr] of every thread -> (o, k)
+    for (int64_t j = panels * t / sharers; j < panels * (t + 1) / sharers; j++)
+      for (int64_t i = 0; i < o; i++)
+        for (int64_t l = 0; l < std::min(nr, k - j * nr); l++) {
+          T total = 0;
+          for (int s = 0; s < count; s++) total += gw[s * size + (j * op + i) * nr + l];
+          dweight[i * k + j * nr + l] = total;
+        }
+  });
+}
+
+}  // namespace mnops

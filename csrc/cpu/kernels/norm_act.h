@@ -1,0 +1,95 @@
+// Makes a pending tensor real: z = act((x - mean) * scale + shift), one read and one write; and its backward, two
+// reads and a write with the channel sums on the side. Parallel over pixels.
+#pragma once
+#include "cpu/kernels/common.h"
+
+namespace mnops {
+namespace {
+
+template <class S, class T = typename Arithmetic<S>::type>
+void norm_act_forward(const Rows<T>& p, int64_t begin, int64_t end) {
+  using V = typename Vec<T>::type;
+  const S* x = static_cast<const S*>(p.x);
+  S* z = static_cast<S*>(p.out);
+  with_act(p.norm.act, [&](auto act) {
+    for (int64_t r = begin; r < end; r++)
+      for (int64_t c = 0; c < p.c; c += V::N) {
+        const V pre = fma(load_some<V>(x + r * p.c + c, p.c - c) - V::load(p.norm.mean + c), V::load(p.norm.scale + c),
+                          V::load(p.norm.shift + c));
+        store_some(activate<act.value>(pre), z + r * p.c + c, p.c - c);
+      }
+  });
+}
+
+// Chain rule of one vector of channels down `rows` pixels that share nothing but the norm. gz(r) gives the gradient.
+template <Act act, class V, class S, class T, class F>
+MNOPS_INLINE void norm_backward_column(const Rows<T>& p, int64_t begin, int64_t end, int64_t c, NormSums sums, F gz) {
+  const int64_t lanes = p.c - c;
+  const V mean = V::load(p.norm.mean + c), scale = V::load(p.norm.scale + c), shift = V::load(p.norm.shift + c);
+  V gp = V::zero(), gpx = V::zero();
+  for (int64_t r = begin; r < end; r++) {
+    const V xc = load_some<V>(static_cast<const S*>(p.x) + r * p.c + c, lanes) - mean;
+    const V g = activate_grad<act>(gz(r), fma(xc, scale, shift));
+    gp = gp + g;
+    gpx = fma(g, xc, gpx);
+    store_some(g * scale, static_cast<S*>(p.out) + r * p.c + c, lanes);
+  }
+  accumulate(sums.gp + c, gp, lanes);
+  accumulate(sums.gpx + c, gpx, lanes);
+}
+
+constexpr int64_t rows_at_once = 64;  // sums stay in registers for this long, then go to double
+
+template <class S, class T = typename Arithmetic<S>::type>
+void norm_act_backward(const Rows<T>& p, int64_t begin, int64_t end, NormSums sums) {
+  using V = typename Vec<T>::type;
+  const S* g = static_cast<const S*>(p.g);
+  with_act(p.norm.act, [&](auto act) {
+    for (int64_t r = begin; r < end; r += rows_at_once)
+      for (int64_t c = 0; c < p.c; c += V::N)
+        norm_backward_column<act.value, V, S>(p, r, least(end, r + rows_at_once), c, sums,
+                                              [&](int64_t i) { return load_some<V>(g + i * p.c + c, p.c - c); });
+  });
+}
+
+// ---------------------------------------------------------------- and its average over an image, [n][hw][c] -> [n][c]
+
+template <class S, class T = typename Arithmetic<S>::type>
+void norm_act_pool_forward(const Rows<T>& p, int64_t begin, int64_t end) {
+  using V = typename Vec<T>::type;
+  with_act(p.norm.act, [&](auto act) {
+    for (int64_t n = begin; n < end; n++)
+      for (int64_t c = 0; c < p.c; c += V::N) {
+        const int64_t lanes = least(V::N, p.c - c);
+        const V mean = V::load(p.norm.mean + c), scale = V::load(p.norm.scale + c), shift = V::load(p.norm.shift + c);
+        double total[V::N] = {};
+        for (int64_t r0 = 0; r0 < p.hw; r0 += rows_at_once) {
+          V sum = V::zero();
+          for (int64_t r = r0; r < least(p.hw, r0 + rows_at_once); r++)
+            sum = sum + activate<act.value>(
+                            fma(load_some<V>(static_cast<const S*>(p.x) + (n * p.hw + r) * p.c + c, lanes) - mean, scale, shift));
+          accumulate(total, sum, lanes);
+        }
+        T pooled[V::N];
+        for (int i = 0; i < V::N; i++) pooled[i] = T(total[i] / double(p.hw));
+        store_some(V::load(pooled), static_cast<S*>(p.out) + n * p.c + c, lanes);
+      }
+  });
+}
+
+template <class S, class T = typename Arithmetic<S>::type>
+void norm_act_pool_backward(const Rows<T>& p, int64_t begin, int64_t end, NormSums sums) {
+  using V = typename Vec<T>::type;
+  with_act(p.norm.act, [&](auto act) {
+    for (int64_t n = begin; n < end; n++)
+      for (int64_t r = n * p.hw; r < (n + 1) * p.hw; r += rows_at_once)
+        for (int64_t c = 0; c < p.c; c += V::N) {
+          const V g = load_some<V>(static_cast<const S*>(p.g) + n * p.c + c, p.c - c) * V::set1(T(1) / T(p.hw));
+          norm_backward_column<act.value, V, S>(p, r, least((n + 1) * p.hw, r + rows_at_once), c, sums,
+                                                [&](int64_t) { return g; });
+        }
+  });
+}
+
+}  // namespace
+}  // namespace mnops

@@ -1,0 +1,412 @@
+// Pointwise convolution (a matrix product over pixels) that normalises while it packs and measures while it stores,
+// forward and backward, and the stem, which is the same product over gathered windows.
+//
+// Parallel over blocks of mc pixels. A block is packed once into column panels [k / nr][mc][nr] (the pending norm and
+// activation are applied there, so they cost one pass over data that is being copied anyway); the micro-kernel then
+// multiplies mr x nr tiles into a small buffer in L1, and a pass over that buffer stores, sums statistics, or applies
+// the chain rule. Forward, input gradient and weight gradient are one micro-kernel with other strides:
+//   forward          y [m, o] = sum_k z [m, k] W[o, k]      panels of z,  W packed by o
+//   input gradient   gz[m, k] = sum_o gy[m, o] W[o, k]      panels of gy, W packed by k
+//   weight gradient  gw[o, k] = sum_m gy[m, o] z[m, k]      both panels as they are
+// Bytes moved: x and y once forward; g, y, x (twice, the second time from L2) and dx backward; plus the weights from
+// L2/L3 once a block. It loses where k and o are both tiny (then the packing is the work).
+#pragma once
+#include "cpu/kernels/common.h"
+
+namespace mnops {
+namespace {
+
+template <class V> struct Shape {
+  static constexpr int nv = Tile::nv, nr = V::N * nv, mr = Tile::mr;
+};
+
+// C[MR][nr] (+)= sum over panels, then k, of A(r, k) B[k][nr]; A(r, k) = a[r * RS + k * KS] inside a panel.
+template <class V, int MR, int RS, int KS, bool add>
+MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int64_t k, int64_t panel_k,
+                               const typename V::T* b, typename V::T* c) {
+  constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) acc[r][v] = V::zero();
+  if (add)
+    for (int r = 0; r < MR; r++) __builtin_prefetch(c + r * NR, 1, 3);
+  for (; k > 0; k -= panel_k, a += panel_stride) {
+    const int64_t steps = least(k, panel_k);
+    const typename V::T* ak = a;
+#pragma GCC unroll 4
+    for (int64_t kk = 0; kk < steps; kk++, ak += KS, b += NR) {
+      V bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) bv[v] = V::load(b + v * V::N);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; r++) {
+        const V av = V::set1(ak[r * RS]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) acc[r][v] = fma(av, bv[v], acc[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+      typename V::T* to = c + r * NR + v * V::N;
+      (add ? V::load(to) + acc[r][v] : acc[r][v]).store(to);
+    }
+}
+
+// Block product: tile[rows][nr] = panels of A times one packed panel of B, `rows` rounded up to mr.
+template <class V>
+void multiply_block(const typename V::T* a, int64_t mc, int64_t rows, int64_t k, const typename V::T* b, typename V::T* tile) {
+  constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
+  for (int64_t r = 0; r < rows; r += MR)
+    micro_kernel<V, MR, NR, 1, false>(a + r * NR, mc * NR, k, NR, b, tile + r * NR);
+}
+
+// Weight gradient of one panel pair: gw[o0 .. o0 + nr)[nr] += sum over rows of gy panel^T z panel.
+// nr output channels are cut into micro-tiles of about mr rows: 16 = 6 + 5 + 5 on AVX2.
+template <class V, int left>
+MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V::T* z, int64_t rows, typename V::T* gw) {
+  constexpr int NR = Shape<V>::nr, tiles = (left + Shape<V>::mr - 1) / Shape<V>::mr, MR = (left + tiles - 1) / tiles;
+  micro_kernel<V, MR, 1, NR, true>(gy, 0, rows, rows, z, gw);
+  if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, gw + MR * NR);
+}
+
+// Rows of channels -> column panels.
+template <class T, int NR> MNOPS_INLINE void to_panels(const T* row, int64_t k, T* panels, int64_t r, int64_t mc) {
+  for (int64_t p = 0; p * NR < k; p++) __builtin_memcpy(panels + (p * mc + r) * NR, row + p * NR, NR * sizeof(T));
+}
+
+// Packs a dense (o, k) matrix into panels over o: dst[p][k][nr] = w[p * nr + i][k], zero beyond o.
+template <class T> void pack_columns(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst) {
+  using V = typename Vec<T>::type;
+  constexpr int NR = Shape<V>::nr, N = V::N;
+  for (int64_t p = panel_begin; p < panel_end; p++) {
+    T* to = dst + p * k * NR;
+    for (int v = 0; v < NR; v += N) {
+      const int64_t o0 = p * NR + v, rows = least(N, o - o0);
+      int64_t kk = 0;
+      if (rows == N)
+        for (; kk + N <= k; kk += N) V::transpose(w + o0 * k + kk, k, to + kk * NR + v, NR);
+      for (; kk < k; kk++)
+        for (int i = 0; i < N; i++) to[kk * NR + v + i] = i < rows ? w[(o0 + i) * k + kk] : T(0);
+    }
+  }
+}
+
+// Packs the same matrix into panels over k: dst[p][o][nr] = w[o][p * nr + i].
+template <class T> void pack_rows(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst) {
+  constexpr int NR = Shape<typename Vec<T>::type>::nr;
+  for (int64_t p = panel_begin; p < panel_end; p++)
+    for (int64_t i = 0; i < o; i++)
+      for (int64_t j = 0; j < NR; j++) dst[(p * o + i) * NR + j] = p * NR + j < k ? w[i * k + p * NR + j] : T(0);
+}
+
+// ---------------------------------------------------------------- what fills the panels of z
+
+// Pixels as they are: the k axis is the channels.
+template <class V, class S, class T> struct Pixels {
+  const Pointwise<T>& p;
+  MNOPS_INLINE void pack(int64_t m0, int64_t rows, int64_t mc, T*, T* panels) const {
+    constexpr int NR = Shape<V>::nr;
+    const S* x = static_cast<const S*>(p.x) + m0 * p.k;
+    with_act(p.norm.act, [&](auto act) {
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t q = 0; q * NR < p.k; q++)
+          normalise<act.value, V>(x + r * p.k + q * NR, least(NR, p.k - q * NR), p.norm.mean + q * NR, p.norm.scale + q * NR,
+                                  p.norm.shift + q * NR, panels + (q * mc + r) * NR);
+    });
+  }
+  // Spread over the products of one block, so that the next block is in L2 when its packing starts.
+  MNOPS_INLINE void ahead(int64_t m0, int64_t rows, int64_t part, int64_t parts) const {
+    const char* from = reinterpret_cast<const char*>(static_cast<const S*>(p.x) + m0 * p.k);
+    const int64_t bytes = least(rows, p.m - m0) * p.k * int64_t(sizeof(S));
+    for (int64_t i = bytes * part / parts & ~63; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+};
+
+// Windows of an image: the k axis is (tap row, tap column, channel); a tap outside the image is 0.
+// The norm's vectors are repeated per tap, so that a tap row is one contiguous run of the image.
+template <class V, class S, class T> struct Windows {
+  const Pointwise<T>& p;
+  const Window& w;
+  MNOPS_INLINE void pack(int64_t m0, int64_t rows, int64_t mc, T* row, T* panels) const {
+    const int64_t run = w.kw * w.c;
+    const bool plain = p.norm.identity && p.norm.act == Act::none && sizeof(S) == sizeof(T);
+    with_act(p.norm.act, [&](auto act) {
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t m = m0 + r, ox = m % w.wo, oy = m / w.wo % w.ho, n = m / w.wo / w.ho;
+        const int64_t ix = ox * w.sw - w.pad_left, left = most(0, -ix), right = least(w.kw, w.w - ix);
+        for (int ky = 0; ky < w.kh; ky++) {
+          const int64_t iy = oy * w.sh - w.pad_top + ky;
+          T* to = row + ky * run;
+          if (iy < 0 || iy >= w.h || left >= right) {
+            for (int64_t i = 0; i < run; i++) to[i] = 0;
+            continue;
+          }
+          const S* x = static_cast<const S*>(p.x) + ((n * w.h + iy) * w.w + ix) * w.c;
+          for (int64_t i = 0; i < left * w.c; i++) to[i] = 0;
+          if (plain)
+            for (int64_t i = left * w.c; i < right * w.c; i++) to[i] = T(reinterpret_cast<const T*>(x)[i]);
+          else
+            for (int64_t i = left * w.c; i < right * w.c; i += V::N) {
+              const int64_t k = ky * run + i, lanes = least(V::N, right * w.c - i);
+              const V xc = load_some<V>(x + i, lanes) - V::load(p.norm.mean + k, int(lanes));
+              store_some(activate<act.value>(fma(xc, V::load(p.norm.scale + k, int(lanes)), V::load(p.norm.shift + k, int(lanes)))),
+                         to + i, lanes);
+            }
+          for (int64_t i = right * w.c; i < run; i++) to[i] = 0;
+        }
+        to_panels<T, Shape<V>::nr>(row, p.k, panels, r, mc);
+      }
+    });
+  }
+  MNOPS_INLINE void ahead(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// ---------------------------------------------------------------- forward
+
+template <class T> size_t matmul_forward_scratch(const Pointwise<T>& p) {
+  using V = typename Vec<T>::type;
+  Arena a{nullptr};
+  a.take<T>(round_up(p.k, Shape<V>::nr));
+  a.take<T>(round_up(p.k, Shape<V>::nr) * p.mc);
+  a.take<T>(p.mc * Shape<V>::nr);
+  return a.used;
+}
+
+// Stores one finished panel of y in its dtype and sums what was stored.
+template <class V, class S, class T>
+void store_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t o0, const T* tile, Moments moments) {
+  constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
+  const int64_t lanes = least(NR, p.o - o0);
+  V pivot[NV], s1[NV], s2[NV];
+  for (int v = 0; v < NV; v++) pivot[v] = s1[v] = s2[v] = V::zero();
+  if (p.measure && moments.count[o0] > 0) {
+    T mean[NR] = {};
+    for (int64_t i = 0; i < lanes; i++) mean[i] = T(moments.mean[o0 + i]);
+    for (int v = 0; v < NV; v++) pivot[v] = V::load(mean + v * V::N);
+  } else if (p.measure) {  // no mean known yet: pivot on this block's
+    for (int64_t r = 0; r < rows; r++)
+      for (int v = 0; v < NV; v++) pivot[v] = pivot[v] + V::load(tile + r * NR + v * V::N);
+    for (int v = 0; v < NV; v++) pivot[v] = pivot[v] * V::set1(T(1) / T(rows));
+  }
+  S* y = static_cast<S*>(p.out) + m0 * p.o + o0;
+  for (int64_t r = 0; r < rows; r++, y += p.o) {
+    V t[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) t[v] = V::load(tile + r * NR + v * V::N);
+    if (lanes == NR) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) t[v].store(y + v * V::N);
+    } else {
+      for (int v = 0; v < NV; v++)
+        if (lanes > v * V::N) store_some(t[v], y + v * V::N, lanes - v * V::N);
+    }
+    if (p.measure) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        if (sizeof(S) < sizeof(T)) {  // the statistics are those of the stored, rounded tensor
+          S rounded[V::N];
+          t[v].store(rounded);
+          t[v] = V::load(rounded);
+        }
+        const V d = t[v] - pivot[v];
+        s1[v] = s1[v] + d;
+        s2[v] = fma(d, d, s2[v]);
+      }
+    }
+  }
+  if (p.measure) {
+    T a[NR], b[NR], c[NR];
+    for (int v = 0; v < NV; v++) pivot[v].store(a + v * V::N), s1[v].store(b + v * V::N), s2[v].store(c + v * V::N);
+    for (int64_t i = 0; i < lanes; i++) merge_moments(moments, o0 + i, double(rows), double(a[i]), double(b[i]), double(c[i]));
+  }
+}
+
+// Pixels [begin, end) of y, panels [panel_begin, panel_end) of its channels.
+template <class V, class S, class T, class Source>
+MNOPS_INLINE void matmul_forward(const Pointwise<T>& p, const Source& source, int64_t begin, int64_t end, int64_t panel_begin,
+                                 int64_t panel_end, Moments moments, char* scratch) {
+  constexpr int NR = Shape<V>::nr;
+  Arena arena{scratch};
+  T* row = arena.take<T>(round_up(p.k, NR));
+  T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
+  T* tile = arena.take<T>(p.mc * NR);
+  for (int64_t i = p.k; i < round_up(p.k, NR); i++) row[i] = 0;
+  for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
+    const int64_t rows = least(p.mc, end - m0);
+    source.pack(m0, rows, p.mc, row, z);
+    for (int64_t j = panel_begin; j < panel_end; j++) {
+      if (m0 + rows < end) source.ahead(m0 + rows, p.mc, j - panel_begin, panel_end - panel_begin);
+      multiply_block<V>(z, p.mc, rows, p.k, p.packed + j * p.k * NR, tile);
+      store_panel<V, S>(p, m0, rows, j * NR, tile, moments);
+    }
+  }
+}
+
+template <class S, class T = typename Arithmetic<S>::type>
+void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
+                       Moments moments, char* scratch) {
+  using V = typename Vec<T>::type;
+  matmul_forward<V, S>(p, Pixels<V, S, T>{p}, begin, end, panel_begin, panel_end, moments, scratch);
+}
+
+template <class S, class T = typename Arithmetic<S>::type>
+void stem_forward(const Pointwise<T>& p, const Window& w, int64_t begin, int64_t end, int64_t panel_begin,
+                  int64_t panel_end, Moments moments, char* scratch) {
+  using V = typename Vec<T>::type;
+  matmul_forward<V, S>(p, Windows<V, S, T>{p, w}, begin, end, panel_begin, panel_end, moments, scratch);
+}
+
+// ---------------------------------------------------------------- backward
+
+template <class T> size_t matmul_backward_scratch(const Pointwise<T>& p) {
+  using V = typename Vec<T>::type;
+  constexpr int NR = Shape<V>::nr;
+  Arena a{nullptr};
+  a.take<T>(round_up(most(p.k, p.o), NR));
+  a.take<T>(round_up(p.o, NR) * p.mc);
+  a.take<T>(round_up(p.k, NR) * p.mc);
+  a.take<T>(p.mc * NR);
+  return a.used;
+}
+
+template <class V, class S, class T>
+MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows, T* panels) {
+  constexpr int NR = Shape<V>::nr;
+  const S* g = static_cast<const S*>(p.incoming.g) + m0 * p.o;
+  const S* y = p.incoming.y ? static_cast<const S*>(p.incoming.y) + m0 * p.o : nullptr;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t q = 0; q * NR < p.o; q++) {
+      const int64_t at = r * p.o + q * NR;
+      correct<V>(g + at, y ? y + at : nullptr, least(NR, p.o - q * NR), p.incoming.offset + q * NR, p.incoming.slope + q * NR,
+                 p.incoming.mean + q * NR, panels + (q * p.mc + r) * NR);
+    }
+}
+
+// gw is [ceil(k / nr)][round_up(o, nr)][nr], this thread's own, added to.
+template <class V, class T>
+void weight_gradient(const Pointwise<T>& p, int64_t rows, const T* gy, const T* z, T* gw) {
+  constexpr int NR = Shape<V>::nr;
+  const int64_t op = round_up(p.o, NR);
+  for (int64_t j = 0; j * NR < p.k; j++)
+    for (int64_t i = 0; i * NR < p.o; i++)
+      multiply_transposed<V, NR>(gy + i * p.mc * NR, z + j * p.mc * NR, rows, gw + (j * op + i * NR) * NR);
+}
+
+// Chain rule through the pending norm of one panel: gp, its sums, and dx = gp * scale.
+template <Act act, class V, class S, class T>
+void finish_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t k0, const T* tile, NormSums sums) {
+  constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
+  const int64_t lanes = least(NR, p.k - k0);
+  V mean[NV], scale[NV], shift[NV], gp[NV], gpx[NV];
+  for (int v = 0; v < NV; v++) {
+    mean[v] = V::load(p.norm.mean + k0 + v * V::N);
+    scale[v] = V::load(p.norm.scale + k0 + v * V::N);
+    shift[v] = V::load(p.norm.shift + k0 + v * V::N);
+    gp[v] = gpx[v] = V::zero();
+  }
+  const S* x = static_cast<const S*>(p.x) + m0 * p.k + k0;
+  S* dx = static_cast<S*>(p.out) + m0 * p.k + k0;
+  for (int64_t r = 0; r < rows; r++, x += p.k, dx += p.k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) {
+      const int64_t left = lanes - v * V::N;
+      if (left <= 0) break;
+      const V xc = load_some<V>(x + v * V::N, left) - mean[v];
+      const V g = activate_grad<act>(V::load(tile + r * NR + v * V::N), fma(xc, scale[v], shift[v]));
+      gp[v] = gp[v] + g;
+      gpx[v] = fma(g, xc, gpx[v]);
+      store_some(g * scale[v], dx + v * V::N, left);
+    }
+  }
+  for (int v = 0; v < NV; v++) {
+    accumulate(sums.gp + k0 + v * V::N, gp[v], lanes - v * V::N);
+    accumulate(sums.gpx + k0 + v * V::N, gpx[v], lanes - v * V::N);
+  }
+}
+
+template <class S, class T = typename Arithmetic<S>::type>
+void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, T* gw, NormSums sums, char* scratch) {
+  using V = typename Vec<T>::type;
+  constexpr int NR = Shape<V>::nr;
+  Arena arena{scratch};
+  T* row = arena.take<T>(round_up(most(p.k, p.o), NR));
+  T* gy = arena.take<T>(round_up(p.o, NR) * p.mc);
+  T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
+  T* tile = arena.take<T>(p.mc * NR);
+  const Pixels<V, S, T> source{p};
+  for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
+    const int64_t rows = least(p.mc, end - m0);
+    pack_incoming<V, S>(p, m0, rows, gy);
+    if (p.out)
+      for (int64_t j = 0; j * NR < p.k; j++) {
+        multiply_block<V>(gy, p.mc, rows, p.o, p.packed + j * p.o * NR, tile);
+        with_act(p.norm.act, [&](auto act) { finish_panel<act.value, V, S>(p, m0, rows, j * NR, tile, sums); });
+      }
+    if (p.need_weight) {
+      source.pack(m0, rows, p.mc, row, z);
+      weight_gradient<V>(p, rows, gy, z, gw);
+    }
+  }
+}
+
+// Images [begin, end). The input gradient of a stem is a scatter, image by image: rarely wanted (the image is data),
+// so plain. `image` is h * w * c of T, this thread's own.
+template <class S, class T = typename Arithmetic<S>::type>
+void stem_backward(const Pointwise<T>& p, const Window& w, int64_t begin, int64_t end, T* gw, NormSums sums, char* scratch,
+                   T* image) {
+  using V = typename Vec<T>::type;
+  constexpr int NR = Shape<V>::nr;
+  Arena arena{scratch};
+  T* row = arena.take<T>(round_up(most(p.k, p.o), NR));
+  T* gy = arena.take<T>(round_up(p.o, NR) * p.mc);
+  T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
+  T* tile = arena.take<T>(p.mc * NR);
+  for (int64_t i = p.k; i < round_up(p.k, NR); i++) row[i] = 0;
+  const Windows<V, S, T> source{p, w};
+  const int64_t pixels = w.ho * w.wo, size = w.h * w.w * w.c;
+  for (int64_t n = begin; n < end; n++) {
+    if (p.out) __builtin_memset(image, 0, size * sizeof(T));
+    for (int64_t m0 = n * pixels; m0 < (n + 1) * pixels; m0 += p.mc) {
+      const int64_t rows = least(p.mc, (n + 1) * pixels - m0);
+      pack_incoming<V, S>(p, m0, rows, gy);
+      if (p.need_weight) {
+        source.pack(m0, rows, p.mc, row, z);
+        weight_gradient<V>(p, rows, gy, z, gw);
+      }
+      for (int64_t j = 0; p.out && j * NR < p.k; j++) {
+        multiply_block<V>(gy, p.mc, rows, p.o, p.packed + j * p.o * NR, tile);
+        for (int64_t r = 0; r < rows; r++) {
+          const int64_t m = m0 + r, ox = m % w.wo, oy = m / w.wo % w.ho;
+          for (int64_t i = 0; i < least(NR, p.k - j * NR); i++) {
+            const int64_t k = j * NR + i, c = k % w.c, kx = k / w.c % w.kw, ky = k / w.c / w.kw;
+            const int64_t iy = oy * w.sh - w.pad_top + ky, ix = ox * w.sw - w.pad_left + kx;
+            if (iy >= 0 && iy < w.h && ix >= 0 && ix < w.w) image[(iy * w.w + ix) * w.c + c] += tile[r * NR + i];
+          }
+        }
+      }
+    }
+    if (p.out)
+      with_act(p.norm.act, [&](auto act) {
+        const S* x = static_cast<const S*>(p.x) + n * size;
+        S* dx = static_cast<S*>(p.out) + n * size;
+        for (int64_t i = 0; i < size; i += w.c)
+          for (int64_t c = 0; c < w.c; c += V::N) {
+            const int64_t lanes = w.c - c;
+            const V scale = V::load(p.norm.scale + c), xc = load_some<V>(x + i + c, lanes) - V::load(p.norm.mean + c);
+            const V gz = load_some<V>(image + i + c, lanes);
+            const V g = activate_grad<act.value>(gz, fma(xc, scale, V::load(p.norm.shift + c)));
+            accumulate(sums.gp + c, g, lanes);
+            accumulate(sums.gpx + c, g * xc, lanes);
+            store_some(g * scale, dx + i + c, lanes);
+          }
+      });
+  }
+}
+
+}  // namespace
+}  // namespace mnops

@@ -1,0 +1,50 @@
+// The table of one instruction set: every kernel as a function pointer, and what describes it. One constant per
+// instruction set (csrc/cpu/isa) drives dispatch, tests and benchmarks.
+#pragma once
+#include <cstddef>
+
+#include "common/params.h"
+
+namespace mnops {
+
+template <class T> struct Kernels {
+  int lanes, mr, nr;       // vector width; the matrix product's micro-tile, rows x columns
+
+  size_t (*depthwise_forward_scratch)(const Depthwise<T>&);
+  void (*depthwise_forward)(const Depthwise<T>&, int64_t begin, int64_t end, Moments, char* scratch);
+  size_t (*depthwise_backward_scratch)(const Depthwise<T>&);
+  void (*depthwise_backward)(const Depthwise<T>&, int64_t begin, int64_t end, double* dweight, NormSums, char* scratch);
+
+  void (*pack_columns)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst);
+  void (*pack_rows)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst);
+  size_t (*matmul_forward_scratch)(const Pointwise<T>&);
+  size_t (*matmul_backward_scratch)(const Pointwise<T>&);
+  void (*pointwise_forward)(const Pointwise<T>&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, Moments,
+                            char* scratch);
+  void (*pointwise_backward)(const Pointwise<T>&, int64_t begin, int64_t end, T* gw, NormSums, char* scratch);
+  void (*stem_forward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, int64_t panel_begin,
+                       int64_t panel_end, Moments, char* scratch);
+  void (*stem_backward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, T* gw, NormSums, char* scratch,
+                        T* image);
+
+  void (*norm_act_forward)(const Rows<T>&, int64_t begin, int64_t end);
+  void (*norm_act_backward)(const Rows<T>&, int64_t begin, int64_t end, NormSums);
+  void (*norm_act_pool_forward)(const Rows<T>&, int64_t begin, int64_t end);
+  void (*norm_act_pool_backward)(const Rows<T>&, int64_t begin, int64_t end, NormSums);
+};
+
+struct InstructionSet {
+  const char *name, *tile_reason;
+  Kernels<float> f32, f16, bf16;   // by storage type
+  Kernels<double> f64;
+
+  const Kernels<float>& of(DType t, float*) const { return t == DType::f16 ? f16 : t == DType::bf16 ? bf16 : f32; }
+  const Kernels<double>& of(DType, double*) const { return f64; }
+};
+
+extern const InstructionSet scalar_kernels;
+#ifdef MNOPS_HAS_AVX2
+extern const InstructionSet avx2_kernels;
+#endif
+
+}  // namespace mnops

@@ -1,0 +1,63 @@
+// The tensor side shared by pointwise_conv2d and stem_conv2d: one matrix product, with or without gathered windows.
+#pragma once
+#include "cpu/drivers/pointwise_conv2d.h"
+#include "cpu/tensors.h"
+
+namespace mnops {
+
+// A weight (O, C, kh, kw) as the dense (O, K) matrix that the product wants: for a stem K is (tap row, tap column,
+// channel), the order in which a window of a channels_last image lies.
+template <class T> Array<T> weight_matrix(const Tensor& weight) {
+  const bool taps = weight.size(2) * weight.size(3) > 1;
+  return Array<T>(taps ? torch::stable::transpose(torch::stable::reshape(weight, {weight.size(0), weight.size(1), -1}), 1, 2) : weight,
+                  weight.numel(), "weight");
+}
+
+struct MatmulShape {
+  int64_t m, k, o;
+  std::vector<int64_t> y_size;
+  const Window* window;  // null for a pointwise convolution
+};
+
+inline MeasuredResult matmul_forward(const MatmulShape& s, const Tensor& x, const Tensor& weight, const PendingTensors& norm,
+                                     bool measure) {
+  return with_kernels(x, [&](const auto& kernels, auto zero) -> MeasuredResult {
+    using T = decltype(zero);
+    const Tensor xl = channels_last(x);
+    const Array<T> w = weight_matrix<T>(weight);
+    const PendingArrays<T> pending(norm, x.size(1));
+    const Measured<T> out(x, s.y_size, measure);
+    if (out.y.numel())
+      matmul_conv2d<T>(kernels, torch_threads(), s.m, s.k, s.o, s.window, xl.const_data_ptr(), w.data, pending.pending,
+                       out.y.mutable_data_ptr(), out.mean_data(), out.var_data());
+    return {in_layout_of(x, out.y), out.mean, out.var};
+  });
+}
+
+inline ConvGradResult matmul_backward(const MatmulShape& s, const OutputTensors& output, const Tensor& x, const Tensor& weight,
+                                      const PendingTensors& norm, bool need_input, bool need_weight) {
+  return with_kernels(x, [&](const auto& kernels, auto zero) -> ConvGradResult {
+    using T = decltype(zero);
+    const Tensor xl = channels_last(x);
+    const Array<T> w = weight_matrix<T>(weight);
+    const PendingArrays<T> pending(norm, x.size(1));
+    const OutputArrays<T> out(output, s.o);
+    for (int d = 0; d < 4; d++)
+      STD_TORCH_CHECK(out.y.size(d) == s.y_size[d], "mnops: y must have the shape that x and weight give");
+    const Tensor dx = need_input ? empty_channels_last(x, {x.size(0), x.size(1), x.size(2), x.size(3)})
+                                 : empty_like_type(x, {0}, x.scalar_type());
+    const int64_t taps = weight.size(2) * weight.size(3);
+    Tensor dw = need_weight ? empty_like_type(x, {s.o, taps, weight.size(1)}, scalar_type_of<T>())
+                            : empty_like_type(x, {0}, weight.scalar_type());
+    const PendingGradTensors grads = PendingGradTensors::make<T>(x, norm, need_input);
+    matmul_conv2d_backward<T>(kernels, torch_threads(), s.m, s.k, s.o, s.window, out.output, xl.const_data_ptr(), w.data,
+                              pending.pending, need_input ? dx.mutable_data_ptr() : nullptr,
+                              need_weight ? static_cast<T*>(dw.mutable_data_ptr()) : nullptr, grads.pointers<T>());
+    if (need_weight)
+      dw = torch::stable::reshape(torch::stable::contiguous(torch::stable::transpose(dw, 1, 2)),
+                                  {s.o, weight.size(1), weight.size(2), weight.size(3)});
+    return {need_input ? in_layout_of(x, dx) : dx, in_dtype_of(weight, dw), grads.mean, grads.var, grads.gamma, grads.beta};
+  });
+}
+
+}  // namespace mnops

@@ -1,0 +1,168 @@
+// Tensors in and out of the drivers: layout, dtype dispatch, threads. Everything torch is in this folder's own files;
+// what the stable ABI lacks (is_contiguous of a memory format) is made up for here.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/drivers/common.h"
+
+namespace mnops {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+inline bool is_channels_last(const Tensor& t) {  // dense NHWC; the stride of a dimension of size 1 says nothing
+  const int64_t order[4] = {1, 3, 2, 0};
+  int64_t expected = 1;
+  for (const int64_t d : order) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+inline Tensor channels_last(const Tensor& t) {
+  return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+// The layout rule of every op: contiguous NCHW in, contiguous NCHW out; everything else is channels_last.
+inline bool wants_nchw(const Tensor& x) { return x.is_contiguous() && !is_channels_last(x); }
+inline Tensor in_layout_of(const Tensor& x, const Tensor& y) { return wants_nchw(x) ? torch::stable::contiguous(y) : y; }
+
+inline Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+}
+inline Tensor empty_like_type(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
+  return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, std::nullopt);
+}
+
+template <class T> constexpr ScalarType scalar_type_of() {
+  return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f(kernels, T) with the kernels of x's dtype and their arithmetic type.
+template <class F> auto with_kernels(const Tensor& x, F f) {
+  const InstructionSet& isa = instruction_set();
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(isa.f32, float());
+    case ScalarType::Half: return f(isa.f16, float());
+    case ScalarType::BFloat16: return f(isa.bf16, float());
+    case ScalarType::Double: return f(isa.f64, double());
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "mnops: x must be float32, float64, float16 or bfloat16");
+  return f(isa.f32, float());
+}
+
+// A dense array of T for a kernel: the tensor itself where it is one already.
+template <class T> struct Array {
+  std::optional<Tensor> tensor;
+  const T* data = nullptr;
+  Array() = default;
+  Array(const MaybeTensor& t, int64_t count, const char* name) {
+    if (!t) return;
+    STD_TORCH_CHECK(t->numel() == count, "mnops: ", name, " must have ", count, " elements, got ", t->numel());
+    tensor = t->scalar_type() == scalar_type_of<T>() ? *t : torch::stable::to(*t, scalar_type_of<T>());
+    tensor = torch::stable::contiguous(*tensor);
+    data = static_cast<const T*>(tensor->const_data_ptr());
+  }
+};
+
+// The arguments (mean, var, gamma, beta, eps, act) of a schema.
+struct PendingTensors {
+  MaybeTensor mean, var, gamma, beta;
+  double eps;
+  std::string act;
+};
+
+inline Act parse_act(const std::string& name) {
+  const char* names[] = {"none", "relu", "relu6", "hardswish", "silu"};
+  for (int i = 0; i < 5; i++)
+    if (name == names[i]) return Act(i);
+  STD_TORCH_CHECK(false, "mnops: act must be one of none, relu, relu6, hardswish, silu, got ", name);
+  return Act::none;
+}
+
+template <class T> struct PendingArrays {
+  Array<T> mean, var, gamma, beta;
+  Pending<T> pending;
+  PendingArrays(const PendingTensors& p, int64_t c)
+      : mean(p.mean, c, "mean"), var(p.var, c, "var"), gamma(p.gamma, c, "gamma"), beta(p.beta, c, "beta"),
+        pending{mean.data, var.data, gamma.data, beta.data, p.eps, parse_act(p.act)} {}
+};
+
+// Gradients of those vectors: empty where the vector was not given.
+struct PendingGradTensors {
+  Tensor mean, var, gamma, beta;
+  template <class T> static PendingGradTensors make(const Tensor& x, const PendingTensors& p, bool wanted) {
+    auto one = [&](const MaybeTensor& t) { return empty_like_type(x, {wanted && t ? t->numel() : 0}, scalar_type_of<T>()); };
+    return {one(p.mean), one(p.var), one(p.gamma), one(p.beta)};
+  }
+  template <class T> PendingGrads<T> pointers() const {
+    auto one = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
+    return {one(mean), one(var), one(gamma), one(beta)};
+  }
+};
+
+// The arguments (g, g_mean, g_var, y, mean_y) of a backward schema.
+struct OutputTensors {
+  Tensor g;
+  MaybeTensor g_mean, g_var;
+  Tensor y, mean;
+};
+
+template <class T> struct OutputArrays {
+  Tensor g, y;
+  Array<T> g_mean, g_var, mean;
+  Output<T> output;
+  OutputArrays(const OutputTensors& o, int64_t c)
+      : g(channels_last(o.g)), y(channels_last(o.y)), g_mean(o.g_mean, c, "g_mean"), g_var(o.g_var, c, "g_var"),
+        mean(o.g_mean || o.g_var ? MaybeTensor(o.mean) : MaybeTensor(), c, "mean_y") {
+    output = {g.const_data_ptr(), y.const_data_ptr(), g_mean.data, g_var.data, mean.data};
+    for (int d = 0; d < 4; d++)
+      STD_TORCH_CHECK(g.size(d) == y.size(d), "mnops: g must have the shape of y, got ", g.size(d), " for ", y.size(d));
+    STD_TORCH_CHECK(g.scalar_type() == y.scalar_type(), "mnops: g must have the dtype of y");
+  }
+};
+
+// torch's own thread pool, so that torch.set_num_threads holds and nothing is oversubscribed.
+inline Threads torch_threads() {
+  return {int(torch::stable::get_num_threads()), [](int tasks, const std::function<void(int)>& f) {
+            if (tasks == 1) return f(0);
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t t = begin; t < end; t++) f(int(t));
+            });
+          }};
+}
+
+// y, mean_y, var_y of a forward op.
+template <class T> struct Measured {
+  Tensor y, mean, var;
+  Measured(const Tensor& x, const std::vector<int64_t>& size, bool measure)
+      : y(empty_channels_last(x, size)), mean(empty_like_type(x, {measure ? size[1] : 0}, scalar_type_of<T>())),
+        var(empty_like_type(x, {measure ? size[1] : 0}, scalar_type_of<T>())) {
+    STD_TORCH_CHECK(!measure || y.numel() > 0, "mnops: statistics of an output with no element are not defined");
+  }
+  T* mean_data() const { return mean.numel() ? static_cast<T*>(mean.mutable_data_ptr()) : nullptr; }
+  T* var_data() const { return var.numel() ? static_cast<T*>(var.mutable_data_ptr()) : nullptr; }
+};
+
+using MeasuredResult = std::tuple<Tensor, Tensor, Tensor>;
+using ConvGradResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using NormGradResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The weight gradient is computed in T; a half weight gets it rounded.
+inline Tensor in_dtype_of(const Tensor& weight, const Tensor& gradient) {
+  return gradient.scalar_type() == weight.scalar_type() ? gradient : torch::stable::to(gradient, weight.scalar_type());
+}
+
+}  // namespace mnops

@@ -1,0 +1,71 @@
+"""Drives CMake and ninja; everything about the native build is in CMakeLists.txt."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+
+
+def torch_package() -> tuple[pathlib.Path, str]:
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "mnops is built against the torch you already have, and none was found. "
+            "Install torch >= 2.10, then: pip install --no-build-isolation ."
+        ) from None
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    if (major, minor) < (2, 10):
+        raise SystemExit(f"mnops needs torch >= 2.10 (the stable ABI), got {torch.__version__}")
+    return pathlib.Path(torch.__file__).parent, torch.__version__
+
+
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    return described.stdout.strip() or "unknown"
+
+
+class CMakeBuild(build_ext):
+    """One Extension stands for all native targets: CMake installs them beside mnops._C."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        torch_dir, torch_version = torch_package()
+        # An editable install copies back only what it knows of (the Extension), so it gets the package folder itself.
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        built = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
+        built.parent.mkdir(parents=True, exist_ok=True)
+        target = ROOT / "mnops" if in_place else built.parent
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", str(ROOT), "-G", "Ninja",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_INSTALL_PREFIX={target}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMNOPS_TORCH_DIR={torch_dir}",
+            f"-DMNOPS_TORCH_VERSION={torch_version}",
+            f"-DMNOPS_VERSION={self.distribution.get_version()}",
+            f"-DMNOPS_COMMIT={commit()}",
+            *os.environ.get("MNOPS_CMAKE_ARGS", "").split(),
+        ]  # fmt: skip
+        subprocess.run(configure, cwd=build, check=True)
+        subprocess.run(["cmake", "--build", ".", "--target", "install"], cwd=build, check=True)
+        if built.parent != target:
+            shutil.copy(target / built.name, built)
+
+
+setup(
+    ext_modules=[Extension("mnops._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
