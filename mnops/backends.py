@@ -24,6 +24,8 @@ BACKENDS = {
     for b in (
         Backend("cpu", "mnops", ("cpu",), None),
         Backend("reference", "mnops_reference", (), "mnops.reference"),
+        # After the reference until a GPU has run its tests: forced, not chosen.
+        Backend("cuda", "mnops", ("cuda",), None),
     )
 }
 

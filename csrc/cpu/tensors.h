@@ -1,49 +1,10 @@
-// Tensors in and out of the drivers: layout, dtype dispatch, threads. Everything torch is in this folder's own files;
-// what the stable ABI lacks (is_contiguous of a memory format) is made up for here.
+// Tensors in and out of the CPU drivers: dtype dispatch, arrays, threads.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
+#include "common/tensors.h"
 #include "cpu/dispatch.h"
 #include "cpu/drivers/common.h"
 
 namespace mnops {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
-inline bool is_channels_last(const Tensor& t) {  // dense NHWC; the stride of a dimension of size 1 says nothing
-  const int64_t order[4] = {1, 3, 2, 0};
-  int64_t expected = 1;
-  for (const int64_t d : order) {
-    if (t.size(d) == 1) continue;
-    if (t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-inline Tensor channels_last(const Tensor& t) {
-  return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-}
-// The layout rule of every op: contiguous NCHW in, contiguous NCHW out; everything else is channels_last.
-inline bool wants_nchw(const Tensor& x) { return x.is_contiguous() && !is_channels_last(x); }
-inline Tensor in_layout_of(const Tensor& x, const Tensor& y) { return wants_nchw(x) ? torch::stable::contiguous(y) : y; }
-
-inline Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
-}
-inline Tensor empty_like_type(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
-  return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, std::nullopt);
-}
 
 template <class T> constexpr ScalarType scalar_type_of() {
   return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
@@ -76,21 +37,6 @@ template <class T> struct Array {
     data = static_cast<const T*>(tensor->const_data_ptr());
   }
 };
-
-// The arguments (mean, var, gamma, beta, eps, act) of a schema.
-struct PendingTensors {
-  MaybeTensor mean, var, gamma, beta;
-  double eps;
-  std::string act;
-};
-
-inline Act parse_act(const std::string& name) {
-  const char* names[] = {"none", "relu", "relu6", "hardswish", "silu"};
-  for (int i = 0; i < 5; i++)
-    if (name == names[i]) return Act(i);
-  STD_TORCH_CHECK(false, "mnops: act must be one of none, relu, relu6, hardswish, silu, got ", name);
-  return Act::none;
-}
 
 template <class T> struct PendingArrays {
   Array<T> mean, var, gamma, beta;
@@ -155,10 +101,6 @@ template <class T> struct Measured {
   T* mean_data() const { return mean.numel() ? static_cast<T*>(mean.mutable_data_ptr()) : nullptr; }
   T* var_data() const { return var.numel() ? static_cast<T*>(var.mutable_data_ptr()) : nullptr; }
 };
-
-using MeasuredResult = std::tuple<Tensor, Tensor, Tensor>;
-using ConvGradResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using NormGradResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The weight gradient is computed in T; a half weight gets it rounded.
 inline Tensor in_dtype_of(const Tensor& weight, const Tensor& gradient) {

@@ -1,0 +1,269 @@
+// norm_act and norm_act_pool, forward and backward: NHWC, bound by memory.
+//
+// A thread owns VEC neighbouring channels (16 bytes where the channel count allows), keeps their norm in registers and
+// walks down pixels; neighbouring threads own neighbouring channels, so a warp reads whole cache lines. Bytes moved:
+// x and z once forward; g, x and dx once backward: the floor. Channel sums are deterministic: every block writes its own
+// partial sums to a workspace, a second small kernel adds them in order and finishes the vectors' gradients.
+// It loses where a tensor has so few pixels that the second launch shows.
+#include "cuda/launch.cuh"
+
+namespace mnops::cuda {
+namespace {
+
+constexpr int threads_per_block = 256;
+constexpr int rows_per_thread = 8;  // pixels one thread walks: enough loads in flight, and few partial sums
+
+template <class T> struct NormPointers {
+  const T *mean, *var, *gamma, *beta;  // each may be null
+  double eps;
+  Act act;
+};
+
+template <class T, int VEC> struct NormRegisters {
+  T mean[VEC], scale[VEC], shift[VEC];
+  __device__ __forceinline__ void load(const NormPointers<T>& p, int64_t c) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      mean[i] = p.mean ? p.mean[c + i] : T(0);
+      scale[i] = T((p.gamma ? double(p.gamma[c + i]) : 1.0) / (p.var ? sqrt(double(p.var[c + i]) + p.eps) : 1.0));
+      shift[i] = p.beta ? p.beta[c + i] : T(0);
+    }
+  }
+};
+
+// Grid: x over blocks of channels, y over chunks of pixels; in a block x over channels, y over pixels.
+struct Cut {
+  dim3 grid, block;
+  int64_t chunk;  // pixels of one block
+};
+
+Cut cut(int64_t rows, int64_t c, int vec) {
+  const int64_t columns = c / vec;
+  int x = 1;
+  while (x < 32 && x < columns) x *= 2;
+  Cut k;
+  k.block = dim3(x, threads_per_block / x);
+  k.chunk = int64_t(k.block.y) * rows_per_thread;
+  while ((rows + k.chunk - 1) / k.chunk > 65535) k.chunk *= 2;  // the limit of grid.y
+  k.grid = dim3(unsigned((columns + x - 1) / x), unsigned((rows + k.chunk - 1) / k.chunk));
+  return k;
+}
+
+template <class S, class T, int VEC>
+__global__ void __launch_bounds__(threads_per_block)
+norm_act_forward(const S* __restrict__ x, S* __restrict__ z, int64_t rows, int64_t c, int64_t chunk, NormPointers<T> p) {
+  const int64_t c0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * VEC;
+  if (c0 >= c) return;
+  NormRegisters<T, VEC> n;
+  n.load(p, c0);
+  const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
+  for (int64_t r = begin + threadIdx.y; r < end; r += blockDim.y) {
+    const Pack<S, VEC> in = *reinterpret_cast<const Pack<S, VEC>*>(x + r * c + c0);
+    Pack<S, VEC> out;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) narrow(activate(p.act, (widen<T>(in.v[i]) - n.mean[i]) * n.scale[i] + n.shift[i]), out.v[i]);
+    *reinterpret_cast<Pack<S, VEC>*>(z + r * c + c0) = out;
+  }
+}
+
+// partial is [grid.y][2][c]: sums of gp and of gp * (x - mean). hw > 0: g is [n][c], spread over hw pixels each.
+template <class S, class T, int VEC>
+__global__ void __launch_bounds__(threads_per_block)
+norm_act_backward(const S* __restrict__ g, const S* __restrict__ x, S* __restrict__ dx, T* __restrict__ partial, int64_t rows,
+                  int64_t c, int64_t chunk, int64_t hw, NormPointers<T> p) {
+  __shared__ T shared[2 * threads_per_block * VEC];
+  const int64_t c0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * VEC;
+  T gp[VEC] = {}, gpx[VEC] = {};
+  if (c0 < c) {
+    NormRegisters<T, VEC> n;
+    n.load(p, c0);
+    const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
+    for (int64_t r = begin + threadIdx.y; r < end; r += blockDim.y) {
+      const Pack<S, VEC> in = *reinterpret_cast<const Pack<S, VEC>*>(x + r * c + c0);
+      const Pack<S, VEC> gi = *reinterpret_cast<const Pack<S, VEC>*>(g + (hw ? r / hw : r) * c + c0);
+      Pack<S, VEC> out;
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+        const T xc = widen<T>(in.v[i]) - n.mean[i];
+        T gz = widen<T>(gi.v[i]);
+        if (hw) gz /= T(hw);
+        const T v = activate_grad(p.act, gz, xc * n.scale[i] + n.shift[i]);
+        gp[i] += v;
+        gpx[i] += v * xc;
+        narrow(v * n.scale[i], out.v[i]);
+      }
+      *reinterpret_cast<Pack<S, VEC>*>(dx + r * c + c0) = out;
+    }
+  }
+  T* const mine = shared + (threadIdx.y * blockDim.x + threadIdx.x) * 2 * VEC;
+#pragma unroll
+  for (int i = 0; i < VEC; i++) mine[i] = gp[i], mine[VEC + i] = gpx[i];
+  __syncthreads();
+  if (threadIdx.y == 0 && c0 < c)
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      T a = 0, b = 0;
+      for (int y = 0; y < int(blockDim.y); y++) {
+        const T* of = shared + (y * blockDim.x + threadIdx.x) * 2 * VEC;
+        a += of[i], b += of[VEC + i];
+      }
+      partial[(int64_t(blockIdx.y) * 2 + 0) * c + c0 + i] = a;
+      partial[(int64_t(blockIdx.y) * 2 + 1) * c + c0 + i] = b;
+    }
+}
+
+//   dbeta = sum gp    dgamma = rstd sum gp (x - mean)    dmean = -gamma rstd sum gp    dvar = -1/2 gamma rstd^2 dgamma
+template <class T>
+__global__ void finish_sums(const T* __restrict__ partial, int64_t chunks, int64_t c, NormPointers<T> p, T* dmean, T* dvar,
+                            T* dgamma, T* dbeta) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= c) return;
+  double gp = 0, gpx = 0;
+  for (int64_t k = 0; k < chunks; k++) gp += double(partial[(k * 2) * c + i]), gpx += double(partial[(k * 2 + 1) * c + i]);
+  const double rstd = p.var ? 1 / sqrt(double(p.var[i]) + p.eps) : 1, gamma = p.gamma ? double(p.gamma[i]) : 1;
+  if (dbeta) dbeta[i] = T(gp);
+  if (dgamma) dgamma[i] = T(gpx * rstd);
+  if (dmean) dmean[i] = T(-gamma * rstd * gp);
+  if (dvar) dvar[i] = T(-0.5 * gamma * rstd * rstd * rstd * gpx);
+}
+
+// One block pools VEC * blockDim.x channels of one image.
+template <class S, class T, int VEC>
+__global__ void __launch_bounds__(threads_per_block)
+norm_act_pool(const S* __restrict__ x, S* __restrict__ z, int64_t hw, int64_t c, NormPointers<T> p) {
+  __shared__ T shared[threads_per_block * VEC];
+  const int64_t c0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * VEC, n0 = int64_t(blockIdx.y);
+  T sum[VEC] = {};
+  if (c0 < c) {
+    NormRegisters<T, VEC> n;
+    n.load(p, c0);
+    for (int64_t r = threadIdx.y; r < hw; r += blockDim.y) {
+      const Pack<S, VEC> in = *reinterpret_cast<const Pack<S, VEC>*>(x + (n0 * hw + r) * c + c0);
+#pragma unroll
+      for (int i = 0; i < VEC; i++) sum[i] += activate(p.act, (widen<T>(in.v[i]) - n.mean[i]) * n.scale[i] + n.shift[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < VEC; i++) shared[(threadIdx.y * blockDim.x + threadIdx.x) * VEC + i] = sum[i];
+  __syncthreads();
+  if (threadIdx.y == 0 && c0 < c)
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      T total = 0;
+      for (int y = 0; y < int(blockDim.y); y++) total += shared[(y * blockDim.x + threadIdx.x) * VEC + i];
+      narrow(total / T(hw), z[n0 * c + c0 + i]);
+    }
+}
+
+template <class T> constexpr ScalarType scalar_type_of() { return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float; }
+
+template <class T> struct NormTensors {
+  std::vector<Tensor> keep;
+  NormPointers<T> pointers;
+  NormTensors(const PendingTensors& p, int64_t c) {
+    auto one = [&](const MaybeTensor& t, const char* name) -> const T* {
+      if (!t) return nullptr;
+      STD_TORCH_CHECK(t->numel() == c && t->is_cuda(), "mnops: ", name, " must have ", c, " elements on x's device");
+      keep.push_back(torch::stable::contiguous(t->scalar_type() == scalar_type_of<T>() ? *t : torch::stable::to(*t, scalar_type_of<T>())));
+      return static_cast<const T*>(keep.back().const_data_ptr());
+    };
+    pointers = {one(p.mean, "mean"), one(p.var, "var"), one(p.gamma, "gamma"), one(p.beta, "beta"), p.eps, parse_act(p.act)};
+  }
+};
+
+// 16-byte vectors where channels and pointers allow, single channels otherwise.
+template <class S, class F> void with_vector(int64_t c, std::initializer_list<const void*> pointers, F f) {
+  constexpr int wide = 16 / sizeof(S);
+  bool aligned = c % wide == 0;
+  for (const void* p : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  if (aligned) f(std::integral_constant<int, wide>{});
+  else f(std::integral_constant<int, 1>{});
+}
+
+template <bool pool>
+Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
+               const MaybeTensor& beta, double eps, std::string act) {
+  STD_TORCH_CHECK(x.dim() == 4, "norm_act: x must be (N, C, H, W), got ", x.dim(), " dimensions");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3);
+  STD_TORCH_CHECK(!pool || hw > 0, "norm_act_pool: the average of an empty map is not defined");
+  const Tensor xl = channels_last(x);
+  const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type()) : empty_channels_last(x, {n, c, x.size(2), x.size(3)});
+  if (z.numel() == 0) return z;
+  const cudaStream_t stream = current_stream(x);
+  with_storage(x, [&](auto storage) {
+    using S = decltype(storage);
+    using T = typename Accumulator<S>::type;
+    const NormTensors<T> norm({mean, var, gamma, beta, eps, act}, c);
+    const S* in = static_cast<const S*>(xl.const_data_ptr());
+    S* out = static_cast<S*>(z.mutable_data_ptr());
+    with_vector<S>(c, {in, out}, [&](auto vec) {
+      constexpr int VEC = decltype(vec)::value;
+      Cut k = cut(n * hw, c, VEC);
+      if (pool) {
+        for (int64_t first = 0; first < n; first += 65535) {  // the limit of grid.y
+          k.grid.y = unsigned(n - first < 65535 ? n - first : 65535);
+          norm_act_pool<S, T, VEC><<<k.grid, k.block, 0, stream>>>(in + first * hw * c, out + first * c, hw, c, norm.pointers);
+          STD_CUDA_KERNEL_LAUNCH_CHECK();
+        }
+      } else {
+        norm_act_forward<S, T, VEC><<<k.grid, k.block, 0, stream>>>(in, out, n * hw, c, k.chunk, norm.pointers);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+    });
+  });
+  return pool ? z : in_layout_of(x, z);
+}
+
+template <bool pool>
+NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var,
+                        const MaybeTensor& gamma, const MaybeTensor& beta, double eps, std::string act) {
+  STD_TORCH_CHECK(x.dim() == 4 && g.scalar_type() == x.scalar_type() && g.is_cuda(),
+                  "norm_act_backward: g must be as the output, in x's dtype and on its device");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3), rows = n * hw;
+  STD_TORCH_CHECK(g.numel() == (pool ? n * c : rows * c), "norm_act_backward: g must have the shape of the output");
+  const Tensor xl = channels_last(x), gl = pool ? torch::stable::contiguous(g) : channels_last(g);
+  const Tensor dx = empty_channels_last(x, {n, c, x.size(2), x.size(3)});
+  const cudaStream_t stream = current_stream(x);
+  return with_storage(x, [&](auto storage) -> NormGradResult {
+    using S = decltype(storage);
+    using T = typename Accumulator<S>::type;
+    const PendingTensors args{mean, var, gamma, beta, eps, act};
+    const NormTensors<T> norm(args, c);
+    auto gradient = [&](const MaybeTensor& t) { return empty_like_type(x, {t ? c : 0}, scalar_type_of<T>()); };
+    const Tensor dmean = gradient(mean), dvar = gradient(var), dgamma = gradient(gamma), dbeta = gradient(beta);
+    auto pointer = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
+    const S* in = static_cast<const S*>(xl.const_data_ptr());
+    const S* gi = static_cast<const S*>(gl.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    with_vector<S>(c, {in, gi, out}, [&](auto vec) {
+      constexpr int VEC = decltype(vec)::value;
+      const Cut k = cut(rows, c, VEC);
+      const int64_t chunks = rows ? k.grid.y : 0;
+      const Tensor partial = empty_like_type(x, {chunks, 2, c}, scalar_type_of<T>());
+      T* sums = static_cast<T*>(partial.mutable_data_ptr());
+      if (rows && c) {
+        norm_act_backward<S, T, VEC><<<k.grid, k.block, 0, stream>>>(gi, in, out, sums, rows, c, k.chunk, pool ? hw : 0, norm.pointers);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+      if (c) {
+        finish_sums<T><<<unsigned((c + 127) / 128), 128, 0, stream>>>(sums, chunks, c, norm.pointers, pointer(dmean), pointer(dvar),
+                                                                     pointer(dgamma), pointer(dbeta));
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+    });
+    return {in_layout_of(x, dx), dmean, dvar, dgamma, dbeta};
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mnops, CUDA, m) {
+  m.impl("norm_act", TORCH_BOX(&forward<false>));
+  m.impl("norm_act_backward", TORCH_BOX(&backward<false>));
+  m.impl("norm_act_pool", TORCH_BOX(&forward<true>));
+  m.impl("norm_act_pool_backward", TORCH_BOX(&backward<true>));
+}
+
+}  // namespace mnops::cuda
