@@ -57,6 +57,7 @@ class CMakeBuild(build_ext):
             f"-DMNOPS_TORCH_VERSION={torch_version}",
             f"-DMNOPS_VERSION={self.distribution.get_version()}",
             f"-DMNOPS_COMMIT={commit()}",
+            f"-DMNOPS_CUDA={os.environ.get('MNOPS_CUDA', 'AUTO')}",
             *os.environ.get("MNOPS_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, cwd=build, check=True)
