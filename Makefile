@@ -1,0 +1,59 @@
+# make train    environment, build, then MobileNet on the built-in images; ARGS="--data DIR ..." for your own
+# make test     environment, build, then the tests; ARGS="-k depthwise" for some
+# make lint     what CI of a pull request would complain about;  make format mends what a tool can mend
+# make clean    removes the environment and what was built
+#
+# PYTHON=python3.12 chooses the interpreter, TORCH=2.10.0 the PyTorch, PIP_ARGS="--extra-index-url ..." where it is from.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+ENVIRONMENT := $(VENV)/torch-$(TORCH).stamp
+BUILD := $(VENV)/build-$(TORCH).stamp
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: train test build lint format clean
+
+train: build
+	$(BIN)/python -m mnops train --overwrite $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest -q -rs tests $(ARGS)
+
+build: $(BUILD)
+
+# Only the stamps of the PyTorch that is installed are kept, so that going back to another one installs it again.
+$(ENVIRONMENT): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/*.stamp
+	$(PIP) install $(PIP_ARGS) torch==$(TORCH) -r requirements.txt
+	touch $@
+
+$(BUILD): $(ENVIRONMENT) $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+$(BIN)/ruff: requirements-lint.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_ARGS) -r requirements-lint.txt
+	touch $@
+
+CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+lint: $(BIN)/ruff
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/typos
+
+format: $(BIN)/ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+	find mnops -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""bench guard: has anything become slower? A short subset is measured again, and its ratios to stock PyTorch, which the
+machine's mood hardly moves, are compared with the committed ones."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import cases, harness, rows
+from .cases import LayerCase, NetworkCase
+from .harness import Options
+from .rows import Row
+
+LAYERS = {"dw3s1_128x56", "dw3s2_64x112", "dw3s1_512x14", "pw_128-128x56"}
+NETWORK = "0.25-224"
+SLACK = 0.05  # besides the spread of both measurements: two builds of the same source differ by this much
+
+
+def subset() -> list[LayerCase | NetworkCase]:
+    chosen = [c for c in cases.layers("mobilenet_v1") if c.name in LAYERS]
+    network = next(n for n in cases.networks() if n.name == NETWORK)
+    return [*harness.layer_cases(chosen, ["chained"], ["train"], [16], [torch.float32]),
+            NetworkCase(network, "train", network.train_batch, torch.float32)]  # fmt: skip
+
+
+def run(options: Options) -> int:
+    """0: as fast as the committed rows; 1: slower; 2: no committed rows of this machine to compare with."""
+    committed = {rows.key(r): r for r in rows.read(options.results)}
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = replace(options, results=Path(folder) / "quick.csv", peers=("mnops", "torch-channels_last"), budget=min(options.budget, 4.0))
+        new = harness.run(subset(), quiet)
+    compared = [(r, committed[rows.key(r)]) for r in new if rows.key(r) in committed and r["contender"] != "mnops"]
+    for row in new:
+        if row["check"] != "ok":
+            print(f"{row['case']}: {row['contender']} is {row['check']}")
+    if not compared:
+        print(f"guard: {options.results} has no rows of this machine and these cases: run `bench all` first")
+        return 2
+    slower = [verdict(now, then) for now, then in compared]
+    return 1 if any(slower) or any(r["check"] != "ok" for r in new) else 0
+
+
+def verdict(now: Row, then: Row) -> bool:
+    """Whether mnops lost speed against the peer: the ratio fell by more than both spreads and the slack."""
+    if now["check"] != "ok" or then["check"] != "ok":
+        return now["check"] != "ok"
+    least = then["ratio"] * (1 - SLACK - spread(then) - spread(now))
+    slower = now["ratio"] < least
+    print(f"{now['case']:16} {now['pass']:6} x{now['ratio']:.2f}, committed x{then['ratio']:.2f}, least x{least:.2f}: "
+          + ("SLOWER" if slower else "ok"))  # fmt: skip
+    return slower
+
+
+def spread(row: Row) -> float:
+    """Half the interquartile range, relative to the median."""
+    return (row["ratio_q3"] - row["ratio_q1"]) / 2 / row["ratio"]

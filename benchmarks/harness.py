@@ -1,0 +1,156 @@
+"""Runs cases: build every contender, check it, time them in turns, and write the rows. Resumable after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import machine, memory, rows, timing
+from .cases import Case, LayerCase, Step, error, tolerance
+from .peers import MINE, PEERS
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure."""
+
+    peers: tuple[str, ...]
+    results: Path
+    device: str = "cpu"
+    threads: int = 0  # 0: as many as torch takes
+    launch: str = "call"  # call | graph (CUDA graph replay)
+    budget: float = 8.0  # seconds of timing per case
+    rounds: tuple[int, int] = (7, 40)
+    fresh: bool = False  # measure again what is already there
+
+
+def run(cases: Iterable[Case], options: Options) -> list[Row]:
+    """The rows of `cases`, each case written to `options.results` when it is done."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces each of its runs otherwise
+    options = replace(options, threads=options.threads or torch.get_num_threads())
+    cases = list(cases)
+    made: list[Row] = []
+    with tqdm(total=len(cases), unit="case", bar_format="{l_bar}{bar}| {n:.1f}/{total} cases [{elapsed}<{remaining}]{postfix}",
+              dynamic_ncols=True) as bar, threads(options.threads):  # fmt: skip
+        for reason in sorted({r for case in cases for r in absent(case, options)}):
+            bar.write(reason)
+        for done, case in enumerate(cases):
+            c = case.columns
+            bar.set_postfix_str(f"{c['case']} {c['form']} {c['pass']} {c['batch']} {c['dtype']}")
+            if options.fresh or not finished(case, options):
+                new = measure(case, options, lambda share, done=done: advance(bar, done + share))
+                rows.write(options.results, new)
+                for row in new:
+                    bar.write(line(row))
+                made += new
+            advance(bar, done + 1)
+    return made
+
+
+def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda share: None) -> list[Row]:
+    """One row for each contender of one case."""
+    device = options.device
+    torch._dynamo.reset()  # each case compiles for itself, as a user's only network would
+    served = [PEERS[name] for name in options.peers if PEERS[name].why_not(case, device) is None]
+    common = base(case, options)
+    limit = tolerance(case, device)
+    steps: dict[str, Step] = {}
+    made: dict[str, Row] = {}
+    for peer in served:
+        row = made[peer.name] = {**common, "contender": peer.name, "layout": peer.layout}
+        try:
+            row["backend"] = peer.backend(case, device)
+            step = peer.build(case, device)
+            row["error"] = error(step.outputs(), peer.truth(case))
+            row["check"] = "ok" if row["error"] <= limit else "wrong"
+            if row["check"] == "ok":
+                if options.launch == "graph":
+                    step = replace(step, call=timing.graphed(step.call, 2))
+                steps[peer.name] = step
+        except Exception as e:  # whatever a contender dies of belongs into its row, and the others go on
+            row["check"] = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    times = timing.interleave({n: s.call for n, s in steps.items()}, device, options.budget, options.rounds, tick)
+    against = next((n for n in [*MINE, *times] if n in times), None)
+    for name, values in times.items():
+        made[name].update(rows.summarize(values, times[against]), against=against)
+        observe(made[name], steps[name], case, options)
+    del steps
+    gc.collect()
+    return list(made.values())
+
+
+def observe(row: Row, step: Step, case: Case, options: Options) -> None:
+    """Memory and the kernels that ran: what is not a time."""
+    with contextlib.suppress(RuntimeError):  # a graph replay has neither
+        if step.forward is not None:
+            row["saved_bytes"] = memory.saved_bytes(step.forward, step.parameters)
+        if row["backend"].split()[0] in ("torch", "timm", "mnops"):
+            if case.phase == "train":
+                row["peak_bytes"] = memory.peak_bytes(step.call, options.device)
+            row["kernel"] = memory.kernels(step.call, options.device)
+
+
+def base(case: Case, options: Options) -> Row:
+    """The columns that the contenders of a case share; the rates of the machine are measured anew for each case."""
+    copy, gemm = machine.rates(options.device, case.dtype)
+    floor = 1e3 * max(case.bytes / copy, case.flops / gemm) / 1e9
+    return {**case.columns, **identity(options), "copy_gbs": copy, "gemm_gflops": gemm, "floor_ms": floor,
+            "cache_bytes": machine.last_level_cache(options.device)}  # fmt: skip
+
+
+def identity(options: Options) -> Row:
+    return {"threads": options.threads, "launch": options.launch, "machine": machine.name(options.device),
+            "torch": torch.__version__, "commit": machine.commit(), "date": datetime.date.today().isoformat()}  # fmt: skip
+
+
+def finished(case: Case, options: Options) -> bool:
+    """Whether the file has a row of this commit and torch for every contender that would run."""
+    have = {rows.key(r): (r["commit"], r["torch"]) for r in rows.read(options.results)}
+    now = identity(options)
+    wanted = [{**case.columns, **now, "contender": n} for n in options.peers if not PEERS[n].why_not(case, options.device)]
+    return all(have.get(rows.key(r)) == (now["commit"], now["torch"]) for r in wanted)
+
+
+def absent(case: Case, options: Options) -> Iterator[str]:
+    for name in options.peers:
+        reason = PEERS[name].why_not(case, options.device)
+        if reason and reason.startswith("needs"):
+            yield f"left out: {name} {reason}"
+
+
+def line(row: Row) -> str:
+    what = f"{row['case']:18} {row['form']:10} {row['pass']:8} {row['contender']:20}"
+    if row["check"] != "ok":
+        return f"{what} {row['check']}" + (f" (error {row['error']:.1e})" if row["check"] == "wrong" else "")
+    return (f"{what} {row['p50_ms']:9.3f} ms  x{row['ratio']:<5.2f} [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
+            f"  {row['p50_ms'] / row['floor_ms']:5.2f} of the floor  error {row['error']:.0e}")  # fmt: skip
+
+
+def advance(bar: tqdm, to: float) -> None:
+    bar.update(to - bar.n)
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def layer_cases(layers: Iterable, forms: Iterable[str], passes: Iterable[str], batches: Iterable[int],
+                dtypes: Iterable[torch.dtype]) -> list[LayerCase]:  # fmt: skip
+    forms, passes, batches, dtypes = map(list, (forms, passes, batches, dtypes))
+    return [LayerCase(layer, form, phase, batch, dtype) for layer in layers for dtype in dtypes for batch in batches
+            for phase in passes for form in forms]  # fmt: skip

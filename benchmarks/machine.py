@@ -1,0 +1,91 @@
+"""What the numbers were measured on: machine, versions, commit, and the two rates that floors are made of."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# the code that is measured; rows stay valid while it does not change
+MEASURED = ["csrc", "mnops", "CMakeLists.txt", "setup.py", ":!mnops/bench.py", ":!mnops/report.py", ":!mnops/train"]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@functools.cache
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return re.sub(r"\((R|TM)\)|Processor|CPU", "", found[1] if found else platform.processor()).strip()
+
+
+@functools.cache
+def last_level_cache(device: str) -> int:
+    """Bytes of the largest cache that `device` reads through."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) * {"K": 1 << 10, "M": 1 << 20}[s[-1]] for s in sizes if s[-1:] in ("K", "M")), default=32 << 20)
+
+
+@functools.cache
+def name(device: str) -> str:
+    """The name rows and the results file carry, as `AMD EPYC, 2 cores, AVX2`."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name(device).lower()).strip("-")
+
+
+@functools.cache
+def commit() -> str:
+    """The last commit that changed the measured code, with a digest of what is not committed of it."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+
+    changed = git("diff", "HEAD", "--", *MEASURED)
+    return (git("log", "-1", "--format=%h", "--", *MEASURED) or "none") + (
+        "+" + hashlib.sha1(changed.encode()).hexdigest()[:6] if changed else "")
+
+
+def rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Copy bandwidth in GB/s (read and written bytes both counted, far beyond the cache) and GEMM rate in GFLOP/s."""
+    size = max(4 * last_level_cache(device), 64 << 20)
+    a = torch.ones(size // 4, device=device)
+    b = torch.empty_like(a)
+    # the CPU computes halves in fp32, so its roof is the fp32 rate
+    m, half = (4096, dtype) if device == "cuda" else (2048, torch.float32)
+    x, w = torch.ones(m, 512, device=device, dtype=half), torch.ones(512, 512, device=device, dtype=half)
+    y = torch.empty(m, 512, device=device, dtype=half)
+    if device == "cuda":
+        x, w, y = (torch.ones(8192, 8192, device=device, dtype=half) for _ in range(3))
+    copy = seconds(lambda: b.copy_(a), device)
+    gemm = seconds(lambda: torch.mm(x, w, out=y), device)
+    return 2 * a.nbytes / copy / 1e9, 2 * y.numel() * x.shape[1] / gemm / 1e9
+
+
+def seconds(call, device: str, rounds: int = 7) -> float:
+    times = []
+    for _ in range(rounds + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])

@@ -1,0 +1,59 @@
+"""Memory of a step: what autograd keeps for the backward, the most allocated at once, and which kernels ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that `forward` saves for its backward, those of `parameters` left out."""
+    owned = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = forward()  # keeps the graph, and so the storages, until all are counted
+    del alive
+    return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[int], object], device: str) -> int:
+    """Most bytes that PyTorch's allocator held at once during one call, beyond those held before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call(0)
+    held = peak = 0
+    events = (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def kernels(call: Callable[[int], object], device: str, most: int = 3) -> str:
+    """The kernels (on a CPU: the operators) that took the most time of one call, with their shares."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities) as prof:
+        call(0)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = [e for e in prof.key_averages() if device == "cpu" or e.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(getattr(e, time) for e in events) or 1
+    events.sort(key=lambda e: -getattr(e, time))
+    return "; ".join(f"{e.key[:80]} {getattr(e, time) / total:.0%}" for e in events[:most])

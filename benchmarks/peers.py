@@ -1,0 +1,291 @@
+"""The contenders: mnops, and everything a user might run instead, each used the way its users use it.
+
+A new peer is one entry of PEERS: how it turns a stock module into something callable, and where it does not serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cases import FORMATS, Case, LayerCase, Step
+
+Prepare = Callable[[nn.Module, Tensor], Callable[[Tensor], Any]]
+
+
+class Absent(Exception):
+    """This peer cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    layout: str  # of the input it is given
+    prepare: Prepare  # (module, example input) -> callable
+    package: str = "torch"
+    passes: tuple[str, ...] = ("train", "forward", "backward", "infer")
+    cpu_fp32_only: bool = False
+
+    def why_not(self, case: Case, device: str) -> str | None:
+        """None if this peer does `case`, else the reason in words."""
+        if case.phase not in self.passes:
+            return f"does {' and '.join(self.passes)} only"
+        if self.cpu_fp32_only and (device != "cpu" or case.dtype != torch.float32):
+            return "is run for fp32 on the CPU only"
+        return missing(self.package)
+
+    def build(self, case: Case, device: str) -> Step:
+        module = case.module().to(device, memory_format=FORMATS[self.layout])
+        buffers = case.buffers(self.layout, device)
+        f = self.prepare(module, buffers[0][0])
+        return case.step(f, module if case.suite == "net" else module.parameters(), buffers)
+
+    def truth(self, case: Case) -> list[Tensor]:
+        return case.truth("standalone")
+
+    def backend(self, case: Case, device: str) -> str:
+        """The library that does the work, with its version."""
+        return f"{self.package} {importlib.metadata.version(self.package)}"
+
+
+def missing(package: str) -> str | None:
+    """None if `package` imports, else why not."""
+    try:
+        if package == "timm":
+            _torchvision_without_its_library()
+        importlib.import_module(package)
+    except Exception as e:  # a broken package raises anything
+        return f"needs the package {package} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+    return None
+
+
+def _torchvision_without_its_library() -> None:
+    """timm imports torchvision, whose compiled part fits only one build of torch. Its Python part needs no more than that
+    two of the operators are declared."""
+    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            for op in ("nms", "qnms"):
+                with contextlib.suppress(RuntimeError):
+                    library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _torchvision_without_its_library.library = library  # a library that is collected takes its operators along
+
+
+# PyTorch
+
+
+def eager(module: nn.Module, x: Tensor) -> Callable:
+    return module
+
+
+def compiled(mode: str | None = None, **config: Any) -> Prepare:
+    def prepare(module: nn.Module, x: Tensor) -> Callable:
+        with torch._inductor.config.patch(**config), torch.set_grad_enabled(module.training):
+            f = torch.compile(module, mode=mode, dynamic=False)
+            f(x)  # compiles under this configuration
+        return f
+
+    return prepare
+
+
+# Other runtimes: inference from an exported graph, BatchNorm folded by their own optimizers
+
+
+def onnxruntime(module: nn.Module, x: Tensor) -> Callable:
+    import onnxruntime as ort
+
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), file, dynamo=False, input_names=["x"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x.numpy()})[0]
+
+
+def openvino(module: nn.Module, x: Tensor) -> Callable:
+    import openvino as ov
+
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    model = ov.convert_model(module, example_input=x, input=list(x.shape))
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda x: request.infer([x.numpy()], share_inputs=True)[0]
+
+
+def executorch(module: nn.Module, x: Tensor) -> Callable:
+    """XNNPACK, which PyTorch reaches through ExecuTorch."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = to_edge_transform_and_lower(torch.export.export(module, (x,)), partitioner=[XnnpackPartitioner()])
+        method = Runtime.get().load_program(program.to_executorch().buffer).load_method("forward")
+    return lambda x: method.execute([x])[0]
+
+
+# timm
+
+
+class Timm(Peer):
+    """timm's own network; it has ReLU6, which costs what ReLU does, so it is checked against a ReLU6 network."""
+
+    def why_not(self, case: Case, device: str) -> str | None:
+        if case.suite != "net" or case.network.width != 1.0:
+            return "has the whole network at width 1.0 only"
+        return super().why_not(case, device)
+
+    def build(self, case: Case, device: str) -> Step:
+        from timm import create_model
+
+        module = create_model("mobilenetv1_100")
+        module.load_state_dict(case.weights)
+        module = module.train(case.phase != "infer").to(device, memory_format=FORMATS[self.layout])
+        return case.step(module, module, case.buffers(self.layout, device))
+
+    def truth(self, case: Case) -> list[Tensor]:
+        return case.truth("network", "relu6")
+
+
+# mnops
+
+
+@dataclass(frozen=True)
+class Mnops(Peer):
+    """mnops itself: `forced` names a backend, `options` go to mnops.MobileNet."""
+
+    forced: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def why_not(self, case: Case, device: str) -> str | None:
+        if self.options and case.suite != "net":
+            return "is an option of the whole network"
+        if case.suite == "ops" and case.layer.op == "stem" and case.form == "standalone":
+            return "has the stem in the chained form only"
+        return super().why_not(case, device)
+
+    def build(self, case: Case, device: str) -> Step:
+        with self._backend():
+            step = self._build(case, device)
+        call, outputs, forward = (step.call, step.outputs, step.forward)
+        if not self.forced:
+            return step
+
+        def within(f: Callable | None) -> Callable | None:
+            def run(*args: Any) -> Any:
+                with self._backend():
+                    return f(*args)
+
+            return f and run
+
+        return Step(within(call), within(outputs), within(forward), step.parameters)
+
+    def truth(self, case: Case) -> list[Tensor]:
+        return case.truth(case.form)
+
+    def backend(self, case: Case, device: str) -> str:
+        from mnops import backends
+
+        op = "depthwise_conv2d" if case.suite == "net" else f"{case.layer.op}_conv2d"
+        chosen = backends.choose(op, device)
+        return "mnops " + (self.forced or next(b.name for b in backends.BACKENDS.values() if b.namespace == chosen))
+
+    @contextlib.contextmanager
+    def _backend(self) -> Iterator[None]:
+        import mnops
+
+        with mnops.backend(self.forced) if self.forced else contextlib.nullcontext():
+            yield
+
+    def _build(self, case: Case, device: str) -> Step:
+        import mnops
+
+        buffers = case.buffers(self.layout, device)
+        if case.suite == "net":
+            module = mnops.MobileNet(width_mult=case.network.width, **dict(self.options))
+            module.load_state_dict(case.weights)
+            module = self._place(module.train(case.phase != "infer"), device)
+            return case.step(self.prepare(module, buffers[0][0]), module, buffers)
+        module = case.module().to(device)
+        if case.form == "standalone":
+            module = self._place(Fused(module, case).train(module.training), device)
+            return case.step(self.prepare(module, buffers[0][0]), module.parameters(), buffers)
+        return case.chained_step(_link(case), module[0].weight, buffers)
+
+    def _place(self, module: nn.Module, device: str) -> nn.Module:
+        return module.to(device, memory_format=FORMATS[self.layout])
+
+
+class Fused(nn.Module):
+    """A stock conv-BN-act run through mnops' function."""
+
+    def __init__(self, stock: nn.Sequential, case: LayerCase):
+        super().__init__()
+        self.stock, self.op, self.act = stock, case.layer.op, case.layer.act
+        c = case.layer
+        self.where = dict(stride=c.stride, padding=c.padding, dilation=c.dilation) if c.op == "depthwise" else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        import mnops
+
+        conv, bn = self.stock[0], self.stock[1]
+        f = mnops.depthwise_conv_bn_act if self.op == "depthwise" else mnops.pointwise_conv_bn_act
+        return f(x, conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, training=self.training,
+                 momentum=bn.momentum, eps=bn.eps, act=self.act, **self.where)  # fmt: skip
+
+
+def _link(case: LayerCase) -> Callable[..., list[Tensor]]:
+    import mnops
+
+    from .cases import EPS
+
+    c, measure = case.layer, case.phase != "infer"
+    op = getattr(mnops.ops, f"{c.op}_conv2d")
+    where = {"depthwise": dict(stride=c.stride, padding=c.padding, dilation=c.dilation),
+             "stem": dict(stride=c.stride, padding=c.padding), "pointwise": {}}[c.op]  # fmt: skip
+
+    def link(x: Tensor, weight: Tensor, *norm: Tensor | None) -> list[Tensor]:
+        given = x if norm[0] is None else mnops.Pending(x, *norm, EPS, c.act)
+        return list(op(given, weight, measure=measure, **where))[: 3 if measure else 1]
+
+    return link
+
+
+COMPILED = ("train", "forward", "infer")  # a compiled backward gives its buffers away, and cannot be run twice
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Mnops("mnops", "channels_last", eager, "mnops"),
+        Mnops("mnops-nchw", "NCHW", eager, "mnops"),
+        Mnops("mnops-compile", "channels_last", compiled(), "mnops"),
+        Mnops("mnops-recompute", "channels_last", eager, "mnops", ("train",), options=(("recompute", True),)),
+        Mnops("mnops-reference", "channels_last", eager, "mnops", forced="reference"),
+        Mnops("mnops-cuda", "channels_last", eager, "mnops", forced="cuda"),
+        Mnops("mnops-triton", "channels_last", eager, "mnops", forced="triton"),
+        Peer("torch-nchw", "NCHW", eager),
+        Peer("torch-channels_last", "channels_last", eager),
+        Peer("torch-compile", "channels_last", compiled(), passes=COMPILED),
+        Peer("torch-compile-nchw", "NCHW", compiled(), passes=COMPILED),
+        Peer("torch-compile-max", "channels_last", compiled("max-autotune-no-cudagraphs"), passes=COMPILED),
+        Peer("torch-frozen", "channels_last", compiled(freezing=True), passes=("infer",)),
+        Timm("timm", "channels_last", eager, "timm"),
+        Peer("onnxruntime", "NCHW", onnxruntime, "onnxruntime", ("infer",), True),
+        Peer("openvino", "NCHW", openvino, "openvino", ("infer",), True),
+        Peer("xnnpack", "NCHW", executorch, "executorch", ("infer",), True),
+    )
+}
+MINE = [name for name in PEERS if name.startswith("mnops")]

@@ -1,0 +1,76 @@
+"""Timing: the sides take turns in one process, round by round, so that a slow minute of the machine hits all of them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import torch
+
+Call = Callable[[int], object]  # one step of work on buffer i
+
+SAMPLE = {"cpu": 0.03, "cuda": 0.005}  # seconds: a sample shorter than this is repeated until it is not
+REST = 0.003  # seconds between contenders, in which the last one's worker threads stop spinning
+
+
+def sample(call: Call, repeats: int, first: int, device: str) -> float:
+    """Seconds of one call, over `repeats` calls in a row on consecutive buffers."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for i in range(first, first + repeats):
+            call(i)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for i in range(first, first + repeats):
+        call(i)
+    return (time.perf_counter() - begin) / repeats
+
+
+def interleave(calls: dict[str, Call], device: str, budget: float, rounds: tuple[int, int] = (7, 40),
+               tick: Callable[[float], None] = lambda share: None) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one value a round.
+
+    Every round times each contender once, in a shuffled order. The number of rounds is what fits into `budget` seconds,
+    within `rounds`. `tick` hears the share of the rounds that is done.
+    """
+    repeats, cost = {}, 0.0
+    for name, call in calls.items():
+        sample(call, 2, 0, device)  # warm-up: allocator, autotuning, lazy packing
+        once = sample(call, 1, 2, device)
+        repeats[name] = max(1, round(SAMPLE[device] / once))
+        cost += once * (repeats[name] + 1) + REST
+    count = max(rounds[0], min(rounds[1], int(budget / cost)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    for r in range(count):
+        shuffle(order)
+        for name in order:
+            if device == "cpu":
+                time.sleep(REST)
+            # a long step is its own warm-up; a short one gets its code and weights back into cache first
+            if repeats[name] > 1:
+                sample(calls[name], 1, r, device)
+            times[name].append(sample(calls[name], repeats[name], r * repeats[name], device))
+        tick((r + 1) / count)
+    return times
+
+
+def graphed(call: Call, buffers: int) -> Call:
+    """`call` as a replayed CUDA graph per buffer: what is left when launching costs nothing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            call(i % buffers)
+    torch.cuda.current_stream().wait_stream(side)
+    graphs = []
+    for i in range(buffers):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call(i)
+        graphs.append(graph)
+    return lambda i: graphs[i % buffers].replay()
