@@ -1,1 +1,1 @@
-"""The benchmark harness behind `python -m mnops bench` and `python -m mnops report`; see README.md beside this file."""
+"""The harness behind `python -m mnops bench` and `python -m mnops report`; README.md beside it tells more."""

@@ -10,34 +10,45 @@ from pathlib import Path
 
 import torch
 
-from . import cases, guard, harness, kernels, machine, startup
-from .cases import Case, NetworkCase
+from . import guard, harness, kernels, machine, shapes, startup
 from .harness import Options
-from .peers import PEERS
+from .network_case import NetworkCase
+from .peers import PEERS, Case
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = machine.ROOT / "runs" / "bench-quick.csv"
 
-# Each published table is one command, and `bench all` is all of them. Compilers and exporters take most of the time.
+# Each published table is one command, and `bench all` is all of them. Compilers take most of the time.
 TABLES = {
     "depthwise": "ops --shapes mobilenet_v1 --op depthwise --pass train",
-    "pointwise": "ops --shapes mobilenet_v1 --op pointwise --pass train --peers mnops torch-nchw torch-channels_last",
-    "roofline": "ops --shapes mobilenet_v1 --form chained --pass forward backward --peers mnops torch-channels_last",
+    "pointwise": "ops --shapes mobilenet_v1 --op pointwise --pass train "
+    "--peers mnops torch-nchw torch-channels_last",
+    "roofline": "ops --shapes mobilenet_v1 --form chained --pass forward backward "
+    "--peers mnops torch-channels_last",
     "training": "net --pass train",
     "inference": "net --pass infer",
     "scaling": "net --networks 1.0-224 --pass train infer --batch 1 4 16 --threads 1 2 "
-               "--peers mnops torch-nchw torch-channels_last onnxruntime openvino",
+    "--peers mnops torch-nchw torch-channels_last onnxruntime openvino",
     "startup": "startup",
-}  # fmt: skip
+}
 
 DEFAULT_PEERS = {
     ("ops", "cpu"): "mnops torch-nchw torch-channels_last torch-compile",
-    ("net", "cpu"): "mnops mnops-recompute torch-nchw torch-channels_last torch-compile torch-frozen timm onnxruntime "
-                    "openvino xnnpack",
-    ("ops", "cuda"): "mnops mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max",
-    ("net", "cuda"): "mnops mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max "
-                     "torch-frozen timm",
-}  # fmt: skip
+    (
+        "net",
+        "cpu",
+    ): "mnops mnops-recompute torch-nchw torch-channels_last torch-compile torch-frozen timm onnxruntime "
+    "openvino xnnpack",
+    (
+        "ops",
+        "cuda",
+    ): "mnops mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max",
+    (
+        "net",
+        "cuda",
+    ): "mnops mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max "
+    "torch-frozen timm",
+}
 QUICK_PEERS = "mnops torch-nchw torch-channels_last onnxruntime openvino"
 
 
@@ -60,23 +71,36 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--shapes", nargs="+", default=["mobilenet_v1"], help="files of benchmarks/shapes")
             p.add_argument("--select", default="", metavar="REGEX", help="only layers whose name matches")
             p.add_argument("--op", nargs="+", default=["depthwise", "pointwise", "stem"])
-            p.add_argument("--form", nargs="+", default=["chained", "standalone"], choices=["chained", "standalone"])
+            p.add_argument(
+                "--form", nargs="+", default=["chained", "standalone"], choices=["chained", "standalone"]
+            )
         if name == "net":
-            p.add_argument("--networks", nargs="+", default=[n.name for n in cases.networks()])
+            p.add_argument("--networks", nargs="+", default=[n.name for n in shapes.networks()])
         if name in ("ops", "net"):
             passes = ["train", "infer"] + ["forward", "backward"] * (name == "ops")
             p.add_argument("--pass", dest="phase", nargs="+", default=["train", "infer"], choices=passes)
             p.add_argument("--batch", type=int, nargs="+", help="default: 16, or as the network's line says")
-            p.add_argument("--dtype", nargs="+", default=["float32"], choices=["float64", "float32", "float16", "bfloat16"])
-            p.add_argument("--launch", default="call", choices=["call", "graph"], help="graph: CUDA graph replay")
+            p.add_argument(
+                "--dtype",
+                nargs="+",
+                default=["float32"],
+                choices=["float64", "float32", "float16", "bfloat16"],
+            )
+            p.add_argument(
+                "--launch", default="call", choices=["call", "graph"], help="graph: CUDA graph replay"
+            )
         if name not in ("table", "all"):
             p.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help=", ".join(PEERS))
             p.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
         p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         p.add_argument("--budget", type=float, default=8.0, help="seconds of timing per case")
         p.add_argument("--rounds", type=int, nargs=2, default=(7, 40), metavar=("LEAST", "MOST"))
-        p.add_argument("--quick", action="store_true", help="a trial: few cases and rounds, into " + str(QUICK.name))
-        p.add_argument("--fresh", action="store_true", help="measure again what this commit has measured already")
+        p.add_argument(
+            "--quick", action="store_true", help="a trial: few cases and rounds, into " + str(QUICK.name)
+        )
+        p.add_argument(
+            "--fresh", action="store_true", help="measure again what this commit has measured already"
+        )
         p.add_argument("--results", type=Path, help="CSV file; default: benchmarks/results/<machine>.csv")
     return main
 
@@ -97,9 +121,15 @@ def main(argv: list[str]) -> int:
         torch.backends.cudnn.benchmark = True  # as every training recipe has it
     suite = "net" if args.command in ("net", "startup") else "ops"
     peers = args.peers or (QUICK_PEERS if args.quick else DEFAULT_PEERS[suite, args.device]).split()
-    options = Options(tuple(peers), args.results or (QUICK if args.quick else RESULTS / f"{machine.slug(args.device)}.csv"),
-                      args.device, launch=getattr(args, "launch", "call"), budget=1.0 if args.quick else args.budget,
-                      rounds=(5, 10) if args.quick else tuple(args.rounds), fresh=args.fresh or args.quick)  # fmt: skip
+    options = Options(
+        tuple(peers),
+        args.results or (QUICK if args.quick else RESULTS / f"{machine.slug(machine.name(args.device))}.csv"),
+        args.device,
+        launch=getattr(args, "launch", "call"),
+        budget=1.0 if args.quick else args.budget,
+        rounds=(5, 10) if args.quick else tuple(args.rounds),
+        fresh=args.fresh or args.quick,
+    )
     for threads in args.threads:
         now = replace(options, threads=threads)
         if args.command == "guard":
@@ -115,18 +145,27 @@ def main(argv: list[str]) -> int:
 def _cases(args: argparse.Namespace) -> list[Case]:
     dtypes = [getattr(torch, d) for d in args.dtype]
     if args.command == "net":
-        networks = {n.name: n for n in cases.networks()}
+        networks = {n.name: n for n in shapes.networks()}
         unknown = set(args.networks) - set(networks)
         if unknown:
             raise SystemExit(f"bench: --networks must be of {', '.join(networks)}, got {', '.join(unknown)}")
         chosen = [networks[n] for n in (["0.25-224"] if args.quick else args.networks)]
-        return [NetworkCase(n, phase, batch, dtype) for n in chosen for dtype in dtypes for phase in args.phase
-                for batch in args.batch or ([n.train_batch] if phase == "train" else n.infer_batches)]  # fmt: skip
-    known = sorted(p.stem for p in cases.SHAPES.glob("*.csv") if p.stem != "networks")
-    unknown = set(args.shapes) - set(known)
+        return [
+            NetworkCase(n, phase, batch, dtype)
+            for n in chosen
+            for dtype in dtypes
+            for phase in args.phase
+            for batch in args.batch or ([n.train_batch] if phase == "train" else n.infer_batches)
+        ]
+    unknown = set(args.shapes) - set(shapes.files())
     if unknown:
-        raise SystemExit(f"bench: --shapes must be of {', '.join(known)}, got {', '.join(unknown)}")
-    layers = [c for file in args.shapes for c in cases.layers(file) if c.op in args.op and re.search(args.select, c.name)]
+        raise SystemExit(f"bench: --shapes must be of {', '.join(shapes.files())}, got {', '.join(unknown)}")
+    layers = [
+        c
+        for file in args.shapes
+        for c in shapes.layers(file)
+        if c.op in args.op and re.search(args.select, c.name)
+    ]
     layers = list(dict.fromkeys(layers))  # networks share layers
     layers = layers[:3] if args.quick else layers
     return harness.layer_cases(layers, args.form, args.phase, args.batch or [16], dtypes)

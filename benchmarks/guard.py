@@ -1,5 +1,5 @@
-"""bench guard: has anything become slower? A short subset is measured again, and its ratios to stock PyTorch, which the
-machine's mood hardly moves, are compared with the committed ones."""
+"""bench guard: has anything become slower? A short subset is measured again, and its ratios to stock PyTorch,
+which the machine's mood hardly moves, are compared with the committed ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import cases, harness, rows
-from .cases import LayerCase, NetworkCase
+from . import harness, rows, shapes
 from .harness import Options
+from .layer_case import LayerCase
+from .network_case import NetworkCase
 from .rows import Row
 
 LAYERS = {"dw3s1_128x56", "dw3s2_64x112", "dw3s1_512x14", "pw_128-128x56"}
@@ -20,19 +21,28 @@ SLACK = 0.05  # besides the spread of both measurements: two builds of the same 
 
 
 def subset() -> list[LayerCase | NetworkCase]:
-    chosen = [c for c in cases.layers("mobilenet_v1") if c.name in LAYERS]
-    network = next(n for n in cases.networks() if n.name == NETWORK)
-    return [*harness.layer_cases(chosen, ["chained"], ["train"], [16], [torch.float32]),
-            NetworkCase(network, "train", network.train_batch, torch.float32)]  # fmt: skip
+    chosen = [c for c in shapes.layers("mobilenet_v1") if c.name in LAYERS]
+    network = next(n for n in shapes.networks() if n.name == NETWORK)
+    return [
+        *harness.layer_cases(chosen, ["chained"], ["train"], [16], [torch.float32]),
+        NetworkCase(network, "train", network.train_batch, torch.float32),
+    ]
 
 
 def run(options: Options) -> int:
     """0: as fast as the committed rows; 1: slower; 2: no committed rows of this machine to compare with."""
     committed = {rows.key(r): r for r in rows.read(options.results)}
     with tempfile.TemporaryDirectory() as folder:
-        quiet = replace(options, results=Path(folder) / "quick.csv", peers=("mnops", "torch-channels_last"), budget=min(options.budget, 4.0))
+        quiet = replace(
+            options,
+            results=Path(folder) / "quick.csv",
+            peers=("mnops", "torch-channels_last"),
+            budget=min(options.budget, 4.0),
+        )
         new = harness.run(subset(), quiet)
-    compared = [(r, committed[rows.key(r)]) for r in new if rows.key(r) in committed and r["contender"] != "mnops"]
+    compared = [
+        (r, committed[rows.key(r)]) for r in new if rows.key(r) in committed and r["contender"] != "mnops"
+    ]
     for row in new:
         if row["check"] != "ok":
             print(f"{row['case']}: {row['contender']} is {row['check']}")
@@ -49,8 +59,10 @@ def verdict(now: Row, then: Row) -> bool:
         return now["check"] != "ok"
     least = then["ratio"] * (1 - SLACK - spread(then) - spread(now))
     slower = now["ratio"] < least
-    print(f"{now['case']:16} {now['pass']:6} x{now['ratio']:.2f}, committed x{then['ratio']:.2f}, least x{least:.2f}: "
-          + ("SLOWER" if slower else "ok"))  # fmt: skip
+    print(
+        f"{now['case']:16} {now['pass']:6} x{now['ratio']:.2f}, "
+        f"committed x{then['ratio']:.2f}, least x{least:.2f}: " + ("SLOWER" if slower else "ok")
+    )
     return slower
 
 

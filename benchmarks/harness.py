@@ -1,4 +1,4 @@
-"""Runs cases: build every contender, check it, time them in turns, and write the rows. Resumable after a kill."""
+"""Runs cases: builds every contender, checks it, times them in turns, writes the rows. Resumable."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from . import machine, memory, rows, timing
-from .cases import Case, LayerCase, Step, error, tolerance
-from .peers import MINE, PEERS
+from .layer_case import LayerCase
+from .peers import MINE, PEERS, Case
 from .rows import Row
+from .step import Step, error, tolerance
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,15 @@ def run(cases: Iterable[Case], options: Options) -> list[Row]:
     options = replace(options, threads=options.threads or torch.get_num_threads())
     cases = list(cases)
     made: list[Row] = []
-    with tqdm(total=len(cases), unit="case", bar_format="{l_bar}{bar}| {n:.1f}/{total} cases [{elapsed}<{remaining}]{postfix}",
-              dynamic_ncols=True) as bar, threads(options.threads):  # fmt: skip
+    with (
+        tqdm(
+            total=len(cases),
+            unit="case",
+            bar_format="{l_bar}{bar}| {n:.1f}/{total} cases [{elapsed}<{remaining}]{postfix}",
+            dynamic_ncols=True,
+        ) as bar,
+        threads(options.threads),
+    ):
         for reason in sorted({r for case in cases for r in absent(case, options)}):
             bar.write(reason)
         for done, case in enumerate(cases):
@@ -78,7 +86,9 @@ def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda
                 steps[peer.name] = step
         except Exception as e:  # whatever a contender dies of belongs into its row, and the others go on
             row["check"] = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
-    times = timing.interleave({n: s.call for n, s in steps.items()}, device, options.budget, options.rounds, tick)
+    times = timing.interleave(
+        {n: s.call for n, s in steps.items()}, device, options.budget, options.rounds, tick
+    )
     against = next((n for n in [*MINE, *times] if n in times), None)
     for name, values in times.items():
         made[name].update(rows.summarize(values, times[against]), against=against)
@@ -100,23 +110,39 @@ def observe(row: Row, step: Step, case: Case, options: Options) -> None:
 
 
 def base(case: Case, options: Options) -> Row:
-    """The columns that the contenders of a case share; the rates of the machine are measured anew for each case."""
+    """The columns that all contenders of a case share; the machine's rates are measured for each case."""
     copy, gemm = machine.rates(options.device, case.dtype)
     floor = 1e3 * max(case.bytes / copy, case.flops / gemm) / 1e9
-    return {**case.columns, **identity(options), "copy_gbs": copy, "gemm_gflops": gemm, "floor_ms": floor,
-            "cache_bytes": machine.last_level_cache(options.device)}  # fmt: skip
+    return {
+        **case.columns,
+        **identity(options),
+        "copy_gbs": copy,
+        "gemm_gflops": gemm,
+        "floor_ms": floor,
+        "cache_bytes": machine.last_level_cache(options.device),
+    }
 
 
 def identity(options: Options) -> Row:
-    return {"threads": options.threads, "launch": options.launch, "machine": machine.name(options.device),
-            "torch": torch.__version__, "commit": machine.commit(), "date": datetime.date.today().isoformat()}  # fmt: skip
+    return {
+        "threads": options.threads,
+        "launch": options.launch,
+        "machine": machine.name(options.device),
+        "torch": torch.__version__,
+        "commit": machine.commit(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def finished(case: Case, options: Options) -> bool:
     """Whether the file has a row of this commit and torch for every contender that would run."""
     have = {rows.key(r): (r["commit"], r["torch"]) for r in rows.read(options.results)}
     now = identity(options)
-    wanted = [{**case.columns, **now, "contender": n} for n in options.peers if not PEERS[n].why_not(case, options.device)]
+    wanted = [
+        {**case.columns, **now, "contender": n}
+        for n in options.peers
+        if not PEERS[n].why_not(case, options.device)
+    ]
     return all(have.get(rows.key(r)) == (now["commit"], now["torch"]) for r in wanted)
 
 
@@ -131,8 +157,10 @@ def line(row: Row) -> str:
     what = f"{row['case']:18} {row['form']:10} {row['pass']:8} {row['contender']:20}"
     if row["check"] != "ok":
         return f"{what} {row['check']}" + (f" (error {row['error']:.1e})" if row["check"] == "wrong" else "")
-    return (f"{what} {row['p50_ms']:9.3f} ms  x{row['ratio']:<5.2f} [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
-            f"  {row['p50_ms'] / row['floor_ms']:5.2f} of the floor  error {row['error']:.0e}")  # fmt: skip
+    return (
+        f"{what} {row['p50_ms']:9.3f} ms  x{row['ratio']:.2f} [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
+        f"  {row['p50_ms'] / row['floor_ms']:5.2f} of the floor  error {row['error']:.0e}"
+    )
 
 
 def advance(bar: tqdm, to: float) -> None:
@@ -149,8 +177,19 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def layer_cases(layers: Iterable, forms: Iterable[str], passes: Iterable[str], batches: Iterable[int],
-                dtypes: Iterable[torch.dtype]) -> list[LayerCase]:  # fmt: skip
+def layer_cases(
+    layers: Iterable,
+    forms: Iterable[str],
+    passes: Iterable[str],
+    batches: Iterable[int],
+    dtypes: Iterable[torch.dtype],
+) -> list[LayerCase]:
     forms, passes, batches, dtypes = map(list, (forms, passes, batches, dtypes))
-    return [LayerCase(layer, form, phase, batch, dtype) for layer in layers for dtype in dtypes for batch in batches
-            for phase in passes for form in forms]  # fmt: skip
+    return [
+        LayerCase(layer, form, phase, batch, dtype)
+        for layer in layers
+        for dtype in dtypes
+        for batch in batches
+        for phase in passes
+        for form in forms
+    ]

@@ -1,5 +1,6 @@
-"""bench kernels: the micro-kernels of each instruction set, called on NumPy arrays on one thread, without torch's
-dispatcher, autograd or thread pool. The list of instruction sets is the package's own kernel table."""
+"""bench kernels: the micro-kernels of each instruction set, called on NumPy arrays on one thread: no
+torch dispatcher, no autograd, no thread pool. The
+list of instruction sets is the package's own."""
 
 from __future__ import annotations
 
@@ -10,19 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cases, harness
-from .cases import EPS, LayerCase, Step
+from . import harness, shapes
 from .harness import Options
+from .layer_case import EPS, LayerCase
 from .peers import PEERS, Peer, eager
+from .step import Step
 
 
 def run(options: Options) -> None:
-    own = [KernelPeer(f"kernel-{name}", "NHWC", eager, "mnops", ("forward", "backward")) for name in instruction_sets()]
+    own = [
+        KernelPeer(f"kernel-{name}", "NHWC", eager, "mnops", ("forward", "backward"))
+        for name in instruction_sets()
+    ]
     PEERS.update({peer.name: peer for peer in own})
-    layers = [layer for layer in cases.layers("mobilenet_v1") if layer.op in ("depthwise", "pointwise")]
-    made = [LayerCase(layer, "chained", phase, 4, torch.float32, "kernels")
-            for layer in (layers[:2] if options.results.stem.startswith("bench-quick") else layers)
-            for phase in ("forward", "backward")]  # fmt: skip
+    layers = [layer for layer in shapes.layers("mobilenet_v1") if layer.op in ("depthwise", "pointwise")]
+    made = [
+        LayerCase(layer, "chained", phase, 4, torch.float32, "kernels")
+        for layer in (layers[:2] if options.results.stem.startswith("bench-quick") else layers)
+        for phase in ("forward", "backward")
+    ]
     harness.run(made, replace(options, threads=1, peers=tuple(peer.name for peer in reversed(own))))
 
 
@@ -50,14 +57,18 @@ class KernelPeer(Peer):
         pending = case.pending(buffers[0][0])
         norm = dict(zip(("mean", "var", "gamma", "beta"), map(array, pending)), eps=EPS, act=c.act)
         depthwise = c.op == "depthwise"
-        where = dict(stride=(c.stride,) * 2, padding=[c.padding] * 4, dilation=(c.dilation,) * 2) if depthwise else {}
+        where = (
+            dict(stride=(c.stride,) * 2, padding=[c.padding] * 4, dilation=(c.dilation,) * 2)
+            if depthwise
+            else {}
+        )
         w = array(weight)[:, 0] if depthwise else array(weight)[:, :, 0, 0]
         rows = nhwc if depthwise else lambda t: nhwc(t).reshape(-1, t.shape[1])
         sets = [(rows(x), rows(g)) for x, g in buffers]
         forward: Callable = getattr(_C, f"{c.op}_conv2d")
         backward: Callable = getattr(_C, f"{c.op}_conv2d_backward")
         y, mean, var = forward(isa, sets[0][0], w, norm, **where)
-        g_mean, g_var = (array(t) for t in case.incoming(buffers[0][1])[1:])
+        g_mean, g_var = (array(t) for t in case.incoming(buffers[0][1]))
 
         def call(i: int) -> tuple[np.ndarray, ...]:
             x, g = sets[i % len(sets)]
@@ -68,8 +79,12 @@ class KernelPeer(Peer):
         def outputs() -> list[Tensor]:
             given = (y, mean, var, *call(0)) if case.phase == "backward" else call(0)
             images = {0: buffers[0][1].shape, 3: buffers[0][0].shape}  # y and dx
-            return [nchw(a, images[i]) if i in images else torch.from_numpy(a).view(weight.shape if i == 4 else -1)
-                    for i, a in enumerate(given)]  # fmt: skip
+            return [
+                nchw(a, images[i])
+                if i in images
+                else torch.from_numpy(a).view(weight.shape if i == 4 else -1)
+                for i, a in enumerate(given)
+            ]
 
         return Step(call, outputs)
 

@@ -16,7 +16,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # the code that is measured; rows stay valid while it does not change
-MEASURED = ["csrc", "mnops", "CMakeLists.txt", "setup.py", ":!mnops/bench.py", ":!mnops/report.py", ":!mnops/train"]
+MEASURED = [
+    "csrc",
+    "mnops",
+    "CMakeLists.txt",
+    "setup.py",
+    ":!mnops/bench.py",
+    ":!mnops/report.py",
+    ":!mnops/train",
+]
 
 
 def synchronize(device: str) -> None:
@@ -37,7 +45,10 @@ def last_level_cache(device: str) -> int:
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(s[:-1]) * {"K": 1 << 10, "M": 1 << 20}[s[-1]] for s in sizes if s[-1:] in ("K", "M")), default=32 << 20)
+    return max(
+        (int(s[:-1]) * {"K": 1 << 10, "M": 1 << 20}[s[-1]] for s in sizes if s[-1:] in ("K", "M")),
+        default=32 << 20,
+    )
 
 
 @functools.cache
@@ -48,8 +59,9 @@ def name(device: str) -> str:
     return f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name(device).lower()).strip("-")
+def slug(name: str) -> str:
+    """A machine's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @functools.cache
@@ -61,11 +73,12 @@ def commit() -> str:
 
     changed = git("diff", "HEAD", "--", *MEASURED)
     return (git("log", "-1", "--format=%h", "--", *MEASURED) or "none") + (
-        "+" + hashlib.sha1(changed.encode()).hexdigest()[:6] if changed else "")
+        "+" + hashlib.sha1(changed.encode()).hexdigest()[:6] if changed else ""
+    )
 
 
 def rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Copy bandwidth in GB/s (read and written bytes both counted, far beyond the cache) and GEMM rate in GFLOP/s."""
+    """Copy bandwidth in GB/s (bytes read and written, far beyond the cache) and GEMM rate in GFLOP/s."""
     size = max(4 * last_level_cache(device), 64 << 20)
     a = torch.ones(size // 4, device=device)
     b = torch.empty_like(a)

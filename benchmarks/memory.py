@@ -1,4 +1,4 @@
-"""Memory of a step: what autograd keeps for the backward, the most allocated at once, and which kernels ran."""
+"""Memory of a step: kept for the backward, and allocated at once at most; and which kernels ran."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that `forward` saves for its backward, those of `parameters` left out."""
+    """Bytes of the distinct storages that `forward` saves for its backward, without those of `parameters`."""
     owned = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
 
@@ -53,7 +53,9 @@ def kernels(call: Callable[[int], object], device: str, most: int = 3) -> str:
         if device == "cuda":
             torch.cuda.synchronize()
     time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = [e for e in prof.key_averages() if device == "cpu" or e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        e for e in prof.key_averages() if device == "cpu" or e.device_type == torch.autograd.DeviceType.CUDA
+    ]
     total = sum(getattr(e, time) for e in events) or 1
     events.sort(key=lambda e: -getattr(e, time))
     return "; ".join(f"{e.key[:80]} {getattr(e, time) / total:.0%}" for e in events[:most])

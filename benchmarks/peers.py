@@ -1,6 +1,7 @@
 """The contenders: mnops, and everything a user might run instead, each used the way its users use it.
 
-A new peer is one entry of PEERS: how it turns a stock module into something callable, and where it does not serve.
+A new peer is one entry of PEERS: how it turns a stock module into something callable, and where it does not
+serve.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
+import inspect
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cases import FORMATS, Case, LayerCase, Step
+from .layer_case import EPS, LayerCase
+from .network_case import NetworkCase
+from .step import FORMATS, Step
 
+Case = LayerCase | NetworkCase
 Prepare = Callable[[nn.Module, Tensor], Callable[[Tensor], Any]]
 
 
@@ -47,10 +53,10 @@ class Peer:
         module = case.module().to(device, memory_format=FORMATS[self.layout])
         buffers = case.buffers(self.layout, device)
         f = self.prepare(module, buffers[0][0])
-        return case.step(f, module if case.suite == "net" else module.parameters(), buffers)
+        return case.step(f, list(module.parameters()), buffers)
 
     def truth(self, case: Case) -> list[Tensor]:
-        return case.truth("standalone")
+        return case.truth()
 
     def backend(self, case: Case, device: str) -> str:
         """The library that does the work, with its version."""
@@ -68,9 +74,12 @@ def missing(package: str) -> str | None:
     return None
 
 
+KEPT: list[torch.library.Library] = []
+
+
 def _torchvision_without_its_library() -> None:
-    """timm imports torchvision, whose compiled part fits only one build of torch. Its Python part needs no more than that
-    two of the operators are declared."""
+    """timm imports torchvision, whose compiled part fits only one build of torch. Its Python part needs no
+    more than that two of the operators are declared."""
     if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
         try:
             import torchvision  # noqa: F401
@@ -79,7 +88,7 @@ def _torchvision_without_its_library() -> None:
             for op in ("nms", "qnms"):
                 with contextlib.suppress(RuntimeError):
                     library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _torchvision_without_its_library.library = library  # a library that is collected takes its operators along
+            KEPT.append(library)  # one that is collected takes its operators along
 
 
 # PyTorch
@@ -89,14 +98,8 @@ def eager(module: nn.Module, x: Tensor) -> Callable:
     return module
 
 
-def compiled(mode: str | None = None, **config: Any) -> Prepare:
-    def prepare(module: nn.Module, x: Tensor) -> Callable:
-        with torch._inductor.config.patch(**config), torch.set_grad_enabled(module.training):
-            f = torch.compile(module, mode=mode, dynamic=False)
-            f(x)  # compiles under this configuration
-        return f
-
-    return prepare
+def compiled(mode: str | None = None, **options: Any) -> Prepare:
+    return lambda module, x: torch.compile(module, mode=mode, options=options or None, dynamic=False)
 
 
 # Other runtimes: inference from an exported graph, BatchNorm folded by their own optimizers
@@ -118,7 +121,11 @@ def onnxruntime(module: nn.Module, x: Tensor) -> Callable:
 def openvino(module: nn.Module, x: Tensor) -> Callable:
     import openvino as ov
 
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     model = ov.convert_model(module, example_input=x, input=list(x.shape))
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda x: request.infer([x.numpy()], share_inputs=True)[0]
@@ -132,7 +139,9 @@ def executorch(module: nn.Module, x: Tensor) -> Callable:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = to_edge_transform_and_lower(torch.export.export(module, (x,)), partitioner=[XnnpackPartitioner()])
+        program = to_edge_transform_and_lower(
+            torch.export.export(module, (x,)), partitioner=[XnnpackPartitioner()]
+        )
         method = Runtime.get().load_program(program.to_executorch().buffer).load_method("forward")
     return lambda x: method.execute([x])[0]
 
@@ -141,7 +150,7 @@ def executorch(module: nn.Module, x: Tensor) -> Callable:
 
 
 class Timm(Peer):
-    """timm's own network; it has ReLU6, which costs what ReLU does, so it is checked against a ReLU6 network."""
+    """timm's own network. It has ReLU6, which costs what ReLU does; its truth has it too."""
 
     def why_not(self, case: Case, device: str) -> str | None:
         if case.suite != "net" or case.network.width != 1.0:
@@ -154,10 +163,10 @@ class Timm(Peer):
         module = create_model("mobilenetv1_100")
         module.load_state_dict(case.weights)
         module = module.train(case.phase != "infer").to(device, memory_format=FORMATS[self.layout])
-        return case.step(module, module, case.buffers(self.layout, device))
+        return case.step(module, list(module.parameters()), case.buffers(self.layout, device))
 
     def truth(self, case: Case) -> list[Tensor]:
-        return case.truth("network", "relu6")
+        return case.truth("relu6")
 
 
 # mnops
@@ -175,12 +184,25 @@ class Mnops(Peer):
             return "is an option of the whole network"
         if case.suite == "ops" and case.layer.op == "stem" and case.form == "standalone":
             return "has the stem in the chained form only"
-        return super().why_not(case, device)
+        return super().why_not(case, device) or self._unserved(case, device)
+
+    def _unserved(self, case: Case, device: str) -> str | None:
+        import mnops
+        from mnops import backends
+
+        unknown = [
+            name for name, _ in self.options if name not in inspect.signature(mnops.MobileNet).parameters
+        ]
+        if unknown:
+            return f"needs an mnops whose MobileNet has {unknown[0]}"
+        if self.forced and self.forced not in backends.BACKENDS:
+            return f"needs an mnops with the backend {self.forced}"
+        reason = self.forced and backends.why_not(self.forced, f"{_op(case)}_conv2d", device)
+        return f"needs the backend {self.forced}: {reason}" if reason else None
 
     def build(self, case: Case, device: str) -> Step:
         with self._backend():
             step = self._build(case, device)
-        call, outputs, forward = (step.call, step.outputs, step.forward)
         if not self.forced:
             return step
 
@@ -191,17 +213,18 @@ class Mnops(Peer):
 
             return f and run
 
-        return Step(within(call), within(outputs), within(forward), step.parameters)
+        return Step(within(step.call), within(step.outputs), within(step.forward), step.parameters)
 
     def truth(self, case: Case) -> list[Tensor]:
-        return case.truth(case.form)
+        return case.truth() if case.suite == "net" else case.truth(case.form)
 
     def backend(self, case: Case, device: str) -> str:
         from mnops import backends
 
-        op = "depthwise_conv2d" if case.suite == "net" else f"{case.layer.op}_conv2d"
-        chosen = backends.choose(op, device)
-        return "mnops " + (self.forced or next(b.name for b in backends.BACKENDS.values() if b.namespace == chosen))
+        chosen = backends.choose(f"{_op(case)}_conv2d", device)
+        return "mnops " + (
+            self.forced or next(b.name for b in backends.BACKENDS.values() if b.namespace == chosen)
+        )
 
     @contextlib.contextmanager
     def _backend(self) -> Iterator[None]:
@@ -214,19 +237,22 @@ class Mnops(Peer):
         import mnops
 
         buffers = case.buffers(self.layout, device)
+        if case.suite == "ops" and case.form == "chained":
+            return case.chained_step(
+                _link(case), case.module()[0].weight.to(device).requires_grad_(), buffers
+            )
         if case.suite == "net":
             module = mnops.MobileNet(width_mult=case.network.width, **dict(self.options))
             module.load_state_dict(case.weights)
-            module = self._place(module.train(case.phase != "infer"), device)
-            return case.step(self.prepare(module, buffers[0][0]), module, buffers)
-        module = case.module().to(device)
-        if case.form == "standalone":
-            module = self._place(Fused(module, case).train(module.training), device)
-            return case.step(self.prepare(module, buffers[0][0]), module.parameters(), buffers)
-        return case.chained_step(_link(case), module[0].weight, buffers)
+        else:
+            module = Fused(case.module(), case)
+        module = module.train(case.phase != "infer").to(device, memory_format=FORMATS[self.layout])
+        return case.step(self.prepare(module, buffers[0][0]), list(module.parameters()), buffers)
 
-    def _place(self, module: nn.Module, device: str) -> nn.Module:
-        return module.to(device, memory_format=FORMATS[self.layout])
+
+def _op(case: Case) -> str:
+    """The op whose backend stands for the case."""
+    return "depthwise" if case.suite == "net" else case.layer.op
 
 
 class Fused(nn.Module):
@@ -236,26 +262,40 @@ class Fused(nn.Module):
         super().__init__()
         self.stock, self.op, self.act = stock, case.layer.op, case.layer.act
         c = case.layer
-        self.where = dict(stride=c.stride, padding=c.padding, dilation=c.dilation) if c.op == "depthwise" else {}
+        self.where = (
+            dict(stride=c.stride, padding=c.padding, dilation=c.dilation) if c.op == "depthwise" else {}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         import mnops
 
         conv, bn = self.stock[0], self.stock[1]
         f = mnops.depthwise_conv_bn_act if self.op == "depthwise" else mnops.pointwise_conv_bn_act
-        return f(x, conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, training=self.training,
-                 momentum=bn.momentum, eps=bn.eps, act=self.act, **self.where)  # fmt: skip
+        return f(
+            x,
+            conv.weight,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            training=self.training,
+            momentum=bn.momentum,
+            eps=bn.eps,
+            act=self.act,
+            **self.where,
+        )
 
 
 def _link(case: LayerCase) -> Callable[..., list[Tensor]]:
     import mnops
 
-    from .cases import EPS
-
     c, measure = case.layer, case.phase != "infer"
     op = getattr(mnops.ops, f"{c.op}_conv2d")
-    where = {"depthwise": dict(stride=c.stride, padding=c.padding, dilation=c.dilation),
-             "stem": dict(stride=c.stride, padding=c.padding), "pointwise": {}}[c.op]  # fmt: skip
+    where = {
+        "depthwise": dict(stride=c.stride, padding=c.padding, dilation=c.dilation),
+        "stem": dict(stride=c.stride, padding=c.padding),
+        "pointwise": {},
+    }[c.op]
 
     def link(x: Tensor, weight: Tensor, *norm: Tensor | None) -> list[Tensor]:
         given = x if norm[0] is None else mnops.Pending(x, *norm, EPS, c.act)
@@ -264,7 +304,11 @@ def _link(case: LayerCase) -> Callable[..., list[Tensor]]:
     return link
 
 
-COMPILED = ("train", "forward", "infer")  # a compiled backward gives its buffers away, and cannot be run twice
+COMPILED = (
+    "train",
+    "forward",
+    "infer",
+)  # a compiled backward gives its buffers away, and cannot be run twice
 
 PEERS: dict[str, Peer] = {
     peer.name: peer

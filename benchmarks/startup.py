@@ -1,8 +1,8 @@
 """bench startup: what the first call costs, each contender in processes of its own with cold compiler caches.
 
-    import   importing the contender's package, torch being imported already (for torch itself: from nothing)
-    infer    from the imported package to the first logits of MobileNet-1.0-224, one image
-    train    from the imported package to the end of the first training step, four images
+import   importing the contender's package, torch being imported already (for torch itself: from nothing)
+infer    from the imported package to the first logits of MobileNet-1.0-224, one image
+train    from the imported package to the end of the first training step, four images
 """
 
 from __future__ import annotations
@@ -18,23 +18,35 @@ import torch
 from tqdm import tqdm
 
 from . import harness, machine, rows
-from .cases import NetworkCase, networks
 from .harness import Options
+from .network_case import NetworkCase
 from .peers import PEERS
+from .shapes import networks
 
 PASSES = ("import", "infer", "train")
-IMPORT = "import time{before}; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
+IMPORT = (
+    "import time{before}; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
+)
 
 
 def run(options: Options) -> None:
     quick = options.rounds[0] < 7
     have = {rows.key(r): r["commit"] for r in rows.read(options.results)}
-    commit, plain = machine.commit(), {"suite": "startup", "case": "1.0-224", "op": "mobilenet_v1", "dtype": "float32"}
+    commit, plain = (
+        machine.commit(),
+        {"suite": "startup", "case": "1.0-224", "op": "mobilenet_v1", "dtype": "float32"},
+    )
     base = {**plain, **harness.identity(options), "form": "network", "check": "ok", "count": 1}
     todo = {}
     for phase in PASSES:
         for name in dict.fromkeys(("torch-channels_last", *options.peers)):
-            row = {**base, "pass": phase, "batch": {"train": 4}.get(phase, 1), "contender": name, "layout": PEERS[name].layout}
+            row = {
+                **base,
+                "pass": phase,
+                "batch": {"train": 4}.get(phase, 1),
+                "contender": name,
+                "layout": PEERS[name].layout,
+            }
             serves = phase == "import" or phase in PEERS[name].passes
             if serves and (options.fresh or have.get(rows.key(row)) != commit):
                 todo[phase, name] = row
@@ -65,12 +77,22 @@ def first_call(phase: str, name: str, options: Options) -> float | str:
     """Seconds, or why there are none."""
     with tempfile.TemporaryDirectory() as cold:
         env = {"TORCHINDUCTOR_CACHE_DIR": cold, "TRITON_CACHE_DIR": cold}
-        command = [sys.executable, "-m", "benchmarks.startup", phase, name, options.device, str(options.threads)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.startup",
+            phase,
+            name,
+            options.device,
+            str(options.threads),
+        ]
         if phase == "import":
             package = PEERS[name].package
             before = "" if package == "torch" else ", torch"
             command = [sys.executable, "-c", IMPORT.format(before=before, package=package)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT, env={**os.environ, **env})
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=machine.ROOT, env={**os.environ, **env}
+        )
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

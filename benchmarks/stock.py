@@ -1,6 +1,6 @@
-"""MobileNet as a user writes it in plain PyTorch: the stock side of every comparison. It does not import mnops.
+"""MobileNet as a user writes it in plain PyTorch, the stock side of every comparison. No mnops in it.
 
-Its state_dict has the keys and shapes of timm's mobilenetv1_100, so one set of weights serves every contender.
+Its state_dict has the keys and shapes of timm's mobilenetv1_100, so one set of weights serves everybody.
 """
 
 from __future__ import annotations
@@ -8,18 +8,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU}
+ACTIVATIONS = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "silu": nn.SiLU,
+}
 
 # (pointwise outputs, depthwise stride) of each block, by stage: the body of Howard et al. 2017, table 1
-STAGES = [[(64, 1)], [(128, 2), (128, 1)], [(256, 2), (256, 1)], [(512, 2)] + [(512, 1)] * 5, [(1024, 2), (1024, 1)]]
+STAGES = [
+    [(64, 1)],
+    [(128, 2), (128, 1)],
+    [(256, 2), (256, 1)],
+    [(512, 2)] + [(512, 1)] * 5,
+    [(1024, 2), (1024, 1)],
+]
 
 
 def activation(name: str) -> nn.Module:
     return nn.Identity() if name == "none" else ACTIVATIONS[name](inplace=True)
 
 
-def conv_bn_act(channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1,
-                groups: int = 1, act: str = "relu") -> nn.Sequential:
+def conv_bn_act(
+    channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    act: str = "relu",
+) -> nn.Sequential:
     """Convolution, BatchNorm, activation: the run of modules that mnops replaces."""
     conv = nn.Conv2d(channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), activation(act))

@@ -1,4 +1,4 @@
-"""Timing: the sides take turns in one process, round by round, so that a slow minute of the machine hits all of them."""
+"""Timing: the sides take turns in one process, round by round, so that a slow minute hits all of them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ def sample(call: Call, repeats: int, first: int, device: str) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def interleave(calls: dict[str, Call], device: str, budget: float, rounds: tuple[int, int] = (7, 40),
-               tick: Callable[[float], None] = lambda share: None) -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Call],
+    device: str,
+    budget: float,
+    rounds: tuple[int, int] = (7, 40),
+    tick: Callable[[float], None] = lambda share: None,
+) -> dict[str, list[float]]:
     """Seconds per call of each contender, one value a round.
 
-    Every round times each contender once, in a shuffled order. The number of rounds is what fits into `budget` seconds,
-    within `rounds`. `tick` hears the share of the rounds that is done.
+    Every round times each contender once, in a shuffled order. The number of rounds is what fits into
+    `budget` seconds, within `rounds`. `tick` hears the share of the rounds that is done.
     """
     repeats, cost = {}, 0.0
     for name, call in calls.items():

@@ -15,7 +15,9 @@ def harness(module: str) -> object:
             if str(root) not in sys.path:
                 sys.path.insert(0, str(root))
             return importlib.import_module(f"benchmarks.{module}")
-    raise SystemExit("mnops: benchmarks run from a checkout of the repository: clone it, and call this inside it")
+    raise SystemExit(
+        "mnops: benchmarks run from a checkout of the repository: clone it, and call this inside it"
+    )
 
 
 def main(argv: list[str]) -> int:
