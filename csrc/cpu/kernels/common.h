@@ -77,16 +77,6 @@ MNOPS_INLINE void normalise(const S* x, int64_t c, const T* mean, const T* scale
     activate<act>(fma(V::load(x + i, int(c - i)) - V::load(mean + i), V::load(scale + i), V::load(shift + i))).store(z + i);
 }
 
-// gy = g + offset + slope * (y - mean) for `c` channels of one pixel, into a padded buffer. y may be null.
-template <class V, class S, class T>
-MNOPS_INLINE void correct(const S* g, const S* y, int64_t c, const T* offset, const T* slope, const T* mean, T* gy) {
-  for (int64_t i = 0; i < c; i += V::N) {
-    V v = load_some<V>(g + i, c - i);
-    if (y) v = v + fma(load_some<V>(y + i, c - i) - V::load(mean + i), V::load(slope + i), V::load(offset + i));
-    v.store(gy + i);
-  }
-}
-
 // Chan, Golub, LeVeque 1979: merge `count` values with sums s1 of (v - pivot), s2 of (v - pivot)^2 into one channel.
 MNOPS_INLINE void merge_moments(Moments into, int64_t c, double count, double pivot, double s1, double s2) {
   const double mean = pivot + s1 / count, m2 = s2 - s1 * (s1 / count);
@@ -102,6 +92,70 @@ template <class V> MNOPS_INLINE void accumulate(double* into, V v, int64_t left)
   v.store(lane);
   for (int i = 0; i < V::N && i < left; i++) into[i] += double(lane[i]);
 }
+
+// gy = g + offset + slope * (y - mean) for `c` channels of one pixel, into a padded buffer.
+template <bool measured, class V, class S, class T>
+MNOPS_INLINE void correct(const S* g, const S* y, int64_t c, const T* offset, const T* slope, const T* mean, T* gy) {
+  int64_t i = 0;
+  for (; i + V::N <= c; i += V::N) {
+    V v = V::load(g + i);
+    if (measured) v = v + fma(V::load(y + i) - V::load(mean + i), V::load(slope + i), V::load(offset + i));
+    v.store(gy + i);
+  }
+  if (i < c) {
+    V v = V::load(g + i, int(c - i));
+    if (measured) v = v + fma(V::load(y + i, int(c - i)) - V::load(mean + i), V::load(slope + i), V::load(offset + i));
+    v.store(gy + i);
+  }
+}
+
+// Calls f with whether all lanes are there as a compile-time constant: loops over whole vectors have no tests inside.
+template <bool b> struct BoolTag { static constexpr bool value = b; };
+template <class F> MNOPS_INLINE void with_bool(bool b, F f) {
+  if (b) f(BoolTag<true>{}); else f(BoolTag<false>{});
+}
+template <bool whole, class V, class S> MNOPS_INLINE V load_lanes(const S* p, int64_t left) {
+  if constexpr (whole) return V::load(p);
+  return left <= 0 ? V::zero() : load_some<V>(p, left);
+}
+template <bool whole, class V, class S> MNOPS_INLINE void store_lanes(V v, S* p, int64_t left) {
+  if constexpr (whole) v.store(p);
+  else if (left > 0) store_some(v, p, left);
+}
+
+// What a vector reads as after it was stored in S.
+template <class S, class V> MNOPS_INLINE V rounded(V v) {
+  S stored[V::N];
+  v.store(stored);
+  return V::load(stored);
+}
+
+// Chain rule through a pending norm for U vectors of channels: gp = gz * act'(pre), its sums, and dx = gp * scale.
+template <class V, int U> struct NormBackward {
+  V mean[U], scale[U], shift[U], gp[U], gpx[U];
+  template <class T> MNOPS_INLINE NormBackward(const Norm<T>& n, int64_t c) {
+    for (int u = 0; u < U; u++) {
+      mean[u] = V::load(n.mean + c + u * V::N), scale[u] = V::load(n.scale + c + u * V::N);
+      shift[u] = V::load(n.shift + c + u * V::N), gp[u] = gpx[u] = V::zero();
+    }
+  }
+  template <Act act, bool whole, class S> MNOPS_INLINE void pixel(const V* gz, const S* x, S* dx, int64_t lanes) {
+#pragma GCC unroll 16
+    for (int u = 0; u < U; u++) {
+      const V xc = load_lanes<whole, V>(x + u * V::N, lanes - u * V::N) - mean[u];
+      const V g = activate_grad<act>(gz[u], fma(xc, scale[u], shift[u]));
+      gp[u] = gp[u] + g;
+      gpx[u] = fma(g, xc, gpx[u]);
+      store_lanes<whole>(g * scale[u], dx + u * V::N, lanes - u * V::N);
+    }
+  }
+  MNOPS_INLINE void add_to(double* gp_sum, double* gpx_sum, int64_t lanes) const {
+    for (int u = 0; u < U; u++) {
+      accumulate(gp_sum + u * V::N, gp[u], lanes - u * V::N);
+      accumulate(gpx_sum + u * V::N, gpx[u], lanes - u * V::N);
+    }
+  }
+};
 
 // A bump allocator over a thread's scratch memory, cache-line aligned. With base null it only counts.
 struct Arena {

@@ -139,33 +139,19 @@ void store_row(const Depthwise<T>& p, const Item& it, const ForwardScratch<T>& s
     }
     V pivot[U], s1[U], s2[U];
     for (int u = 0; u < U; u++) pivot[u] = V::load(s.pivot + c + u * V::N), s1[u] = s2[u] = V::zero();
-    for (int64_t x = 0; x < p.wo; x++) {
-      T* o = s.out + x * ps + c;
-      S* to = y + x * p.c + c;
-      V v[U];
-#pragma GCC unroll 4
-      for (int u = 0; u < U; u++) v[u] = V::load(o + u * V::N);
-      if (left >= channel_quantum) {
-#pragma GCC unroll 4
-        for (int u = 0; u < U; u++) v[u].store(to + u * V::N);
-      } else {
-        for (int u = 0; u < U; u++)
-          if (left > u * V::N) store_some(v[u], to + u * V::N, left - u * V::N);
-      }
-      if (p.measure) {
-#pragma GCC unroll 4
+    with_bool(left >= channel_quantum, [&](auto whole) {
+      for (int64_t x = 0; x < p.wo; x++) {
+#pragma GCC unroll 16
         for (int u = 0; u < U; u++) {
-          if (sizeof(S) < sizeof(T)) {  // the statistics are those of the stored, rounded tensor
-            S rounded[V::N];
-            v[u].store(rounded);
-            v[u] = V::load(rounded);
-          }
-          const V d = v[u] - pivot[u];
+          V v = V::load(s.out + x * ps + c + u * V::N);
+          store_lanes<whole.value>(v, y + x * p.c + c + u * V::N, left - u * V::N);
+          if (sizeof(S) < sizeof(T)) v = rounded<S>(v);  // the statistics are those of the stored tensor
+          const V d = v - pivot[u];
           s1[u] = s1[u] + d;
           s2[u] = fma(d, d, s2[u]);
         }
       }
-    }
+    });
     if (p.measure)
       for (int u = 0; u < U; u++) {
         accumulate(s.s1 + c + u * V::N, s1[u], V::N);
@@ -309,8 +295,14 @@ MNOPS_INLINE void weight_grad_tile(const T* const* row, int64_t m, int64_t ps, c
   }
 }
 
-template <class V, int K, int S, int FY, class T>
-void gradient_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T>& s, const T* const* row, int64_t ps) {
+// Rows that the next step is the first to read, fetched while this one computes; each may be null.
+template <class S> struct Ahead {
+  const S *x, *g, *y;
+};
+
+template <class V, class E, int K, int S, int FY, class T>
+void gradient_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T>& s, const T* const* row, int64_t ps,
+                  const Ahead<E>& ahead) {
   constexpr int NY = taps_of(K, S, FY), TX = S == 1 ? Tile::tx : (Tile::tx + 1) / 2;
   constexpr int group = K == 3 ? NY : 1;  // lines whose taps fit in registers together
   const int64_t cp = round_up(p.c, channel_quantum);
@@ -322,8 +314,19 @@ void gradient_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T
       V w[NY * K];
       for (int i = 0; i < NY; i++)
         for (int kx = 0; kx < K; kx++) w[i * K + kx] = V::load(p.weight + ((FY + S * i) * K + kx) * cp + it.c0 + c);
+      const bool new_line = c * int64_t(sizeof(E)) % 64 == 0;
       int64_t m = first;
-      for (; m + TX <= last; m += TX) input_grad_tile<V, K, S, FY, TX>(r, m, ps, w, s.gz + c);
+      for (; m + TX <= last; m += TX) {
+        if (new_line) {
+          if (ahead.x)
+            for (int t = 0; t < TX * S; t++) prefetch(ahead.x + (m * S + t) * p.c + c);
+          if (ahead.g)
+            for (int t = 0; t < TX; t++) prefetch(ahead.g + (m + t) * p.c + c);
+          if (ahead.y)
+            for (int t = 0; t < TX; t++) prefetch(ahead.y + (m + t) * p.c + c);
+        }
+        input_grad_tile<V, K, S, FY, TX>(r, m, ps, w, s.gz + c);
+      }
       for (; m < last; m++) input_grad_tile<V, K, S, FY, 1>(r, m, ps, w, s.gz + c);
     }
     if (p.need_weight)
@@ -365,35 +368,23 @@ void gradient_row_any(const Depthwise<T>& p, const Item& it, const BackwardScrat
     }
 }
 
-// Chain rule through the pending norm of one row: gp, its sums, and dx = gp * scale.
+// Chain rule through the pending norm of one row, a cache line of channels at a time.
 template <Act act, class V, class S, class T>
 void finish_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T>& s, int64_t ps, const S* x, S* dx) {
   constexpr int U = int(channel_quantum) / V::N;
   for (int64_t c = 0; c < it.channels; c += channel_quantum) {
-    const int64_t left = it.channels - c;
-    const T* mean = p.norm.mean + it.c0 + c;
-    const T* scale = p.norm.scale + it.c0 + c;
-    const T* shift = p.norm.shift + it.c0 + c;
-    V gp[U], gpx[U];
-    for (int u = 0; u < U; u++) gp[u] = gpx[u] = V::zero();
-    for (int64_t j = 0; j < p.w; j++) {
-      const T* gz = s.gz + (j + p.pad_left) * ps + c;
-#pragma GCC unroll 4
-      for (int u = 0; u < U; u++) {
-        const int64_t lanes = left - u * V::N;
-        if (lanes <= 0) break;
-        const V xc = load_some<V>(x + j * p.c + c + u * V::N, lanes) - V::load(mean + u * V::N);
-        const V pre = fma(xc, V::load(scale + u * V::N), V::load(shift + u * V::N));
-        const V g = activate_grad<act>(V::load(gz + u * V::N), pre);
-        gp[u] = gp[u] + g;
-        gpx[u] = fma(g, xc, gpx[u]);
-        store_some(g * V::load(scale + u * V::N), dx + j * p.c + c + u * V::N, lanes);
+    const int64_t lanes = it.channels - c;
+    NormBackward<V, U> norm(p.norm, it.c0 + c);
+    with_bool(lanes >= channel_quantum, [&](auto whole) {
+      for (int64_t j = 0; j < p.w; j++) {
+        const T* from = s.gz + (j + p.pad_left) * ps + c;
+        V gz[U];
+#pragma GCC unroll 16
+        for (int u = 0; u < U; u++) gz[u] = V::load(from + u * V::N);
+        norm.template pixel<act, whole.value>(gz, x + j * p.c + c, dx + j * p.c + c, lanes);
       }
-    }
-    for (int u = 0; u < U; u++) {
-      accumulate(s.gp + c + u * V::N, gp[u], V::N);
-      accumulate(s.gpx + c + u * V::N, gpx[u], V::N);
-    }
+    });
+    norm.add_to(s.gp + c, s.gpx + c, channel_quantum);
   }
 }
 
@@ -428,9 +419,11 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
     auto fill = [&](T* line, int64_t r) {
       const int64_t at = ((it.n * p.ho + r) * p.wo) * p.c + it.c0;
       const T *offset = p.incoming.offset + it.c0, *slope = p.incoming.slope + it.c0, *mean = p.incoming.mean + it.c0;
-      for (int64_t j = 0; j < p.wo; j++)
-        correct<V>(gs + at + j * p.c, ys ? ys + at + j * p.c : nullptr, it.channels, offset, slope, mean,
-                   line + (j + s.margin) * ps);
+      with_bool(ys != nullptr, [&](auto measured) {
+        for (int64_t j = 0; j < p.wo; j++)
+          correct<measured.value, V>(gs + at + j * p.c, ys + at + j * p.c, it.channels, offset, slope, mean,
+                                     line + (j + s.margin) * ps);
+      });
     };
     for (int64_t iy = it.row0; iy < it.row1; iy++) {
       const S* x = xs + ((it.n * p.h + iy) * p.w) * p.c + it.c0;
@@ -451,13 +444,19 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
       int count = 0;
       for (int ky = 0; ky < p.kh; ky++)
         if (line[ky]) met[count++] = line[ky];
-      if (dense && p.kh == 3 && p.sh == 1) gradient_row<V, 3, 1, 0>(p, it, s, met, ps);
-      else if (dense && p.kh == 3 && p.sh == 2 && q % 2 == 0) gradient_row<V, 3, 2, 0>(p, it, s, met, ps);
-      else if (dense && p.kh == 3 && p.sh == 2) gradient_row<V, 3, 2, 1>(p, it, s, met, ps);
-      else if (dense && p.kh == 5 && p.sh == 1) gradient_row<V, 5, 1, 0>(p, it, s, met, ps);
-      else if (dense && p.kh == 5 && p.sh == 2 && q % 2 == 0) gradient_row<V, 5, 2, 0>(p, it, s, met, ps);
-      else if (dense && p.kh == 5 && p.sh == 2) gradient_row<V, 5, 2, 1>(p, it, s, met, ps);
-      else if (dense && p.kh == 7 && p.sh == 1) gradient_row<V, 7, 1, 0>(p, it, s, met, ps);
+      Ahead<S> ahead{iy + 1 < p.h ? x + p.w * p.c : nullptr, nullptr, nullptr};
+      if ((q + 1) % p.sh == 0 && (q + 1) / p.sh < p.ho) {
+        const int64_t at = ((it.n * p.ho + (q + 1) / p.sh) * p.wo) * p.c + it.c0;
+        ahead.g = gs + at;
+        ahead.y = ys ? ys + at : nullptr;
+      }
+      if (dense && p.kh == 3 && p.sh == 1) gradient_row<V, S, 3, 1, 0>(p, it, s, met, ps, ahead);
+      else if (dense && p.kh == 3 && p.sh == 2 && q % 2 == 0) gradient_row<V, S, 3, 2, 0>(p, it, s, met, ps, ahead);
+      else if (dense && p.kh == 3 && p.sh == 2) gradient_row<V, S, 3, 2, 1>(p, it, s, met, ps, ahead);
+      else if (dense && p.kh == 5 && p.sh == 1) gradient_row<V, S, 5, 1, 0>(p, it, s, met, ps, ahead);
+      else if (dense && p.kh == 5 && p.sh == 2 && q % 2 == 0) gradient_row<V, S, 5, 2, 0>(p, it, s, met, ps, ahead);
+      else if (dense && p.kh == 5 && p.sh == 2) gradient_row<V, S, 5, 2, 1>(p, it, s, met, ps, ahead);
+      else if (dense && p.kh == 7 && p.sh == 1) gradient_row<V, S, 7, 1, 0>(p, it, s, met, ps, ahead);
       else gradient_row_any<V>(p, it, s, line, ps);
       if (dxs)
         with_act(p.norm.act, [&](auto act) {

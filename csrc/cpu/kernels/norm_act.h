@@ -24,18 +24,14 @@ void norm_act_forward(const Rows<T>& p, int64_t begin, int64_t end) {
 // Chain rule of one vector of channels down `rows` pixels that share nothing but the norm. gz(r) gives the gradient.
 template <Act act, class V, class S, class T, class F>
 MNOPS_INLINE void norm_backward_column(const Rows<T>& p, int64_t begin, int64_t end, int64_t c, NormSums sums, F gz) {
-  const int64_t lanes = p.c - c;
-  const V mean = V::load(p.norm.mean + c), scale = V::load(p.norm.scale + c), shift = V::load(p.norm.shift + c);
-  V gp = V::zero(), gpx = V::zero();
-  for (int64_t r = begin; r < end; r++) {
-    const V xc = load_some<V>(static_cast<const S*>(p.x) + r * p.c + c, lanes) - mean;
-    const V g = activate_grad<act>(gz(r), fma(xc, scale, shift));
-    gp = gp + g;
-    gpx = fma(g, xc, gpx);
-    store_some(g * scale, static_cast<S*>(p.out) + r * p.c + c, lanes);
-  }
-  accumulate(sums.gp + c, gp, lanes);
-  accumulate(sums.gpx + c, gpx, lanes);
+  NormBackward<V, 1> norm(p.norm, c);
+  with_bool(p.c - c >= V::N, [&](auto whole) {
+    for (int64_t r = begin; r < end; r++) {
+      const V g = gz(r);
+      norm.template pixel<act, whole.value>(&g, static_cast<const S*>(p.x) + r * p.c + c, static_cast<S*>(p.out) + r * p.c + c, p.c - c);
+    }
+  });
+  norm.add_to(sums.gp + c, sums.gpx + c, p.c - c);
 }
 
 constexpr int64_t rows_at_once = 64;  // sums stay in registers for this long, then go to double

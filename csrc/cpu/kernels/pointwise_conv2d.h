@@ -194,31 +194,18 @@ void store_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t o0, co
     for (int v = 0; v < NV; v++) pivot[v] = pivot[v] * V::set1(T(1) / T(rows));
   }
   S* y = static_cast<S*>(p.out) + m0 * p.o + o0;
-  for (int64_t r = 0; r < rows; r++, y += p.o) {
-    V t[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) t[v] = V::load(tile + r * NR + v * V::N);
-    if (lanes == NR) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) t[v].store(y + v * V::N);
-    } else {
-      for (int v = 0; v < NV; v++)
-        if (lanes > v * V::N) store_some(t[v], y + v * V::N, lanes - v * V::N);
-    }
-    if (p.measure) {
+  with_bool(lanes == NR, [&](auto whole) {
+    for (int64_t r = 0; r < rows; r++, y += p.o)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
-        if (sizeof(S) < sizeof(T)) {  // the statistics are those of the stored, rounded tensor
-          S rounded[V::N];
-          t[v].store(rounded);
-          t[v] = V::load(rounded);
-        }
-        const V d = t[v] - pivot[v];
+        V t = V::load(tile + r * NR + v * V::N);
+        store_lanes<whole.value>(t, y + v * V::N, lanes - v * V::N);
+        if (sizeof(S) < sizeof(T)) t = rounded<S>(t);  // the statistics are those of the stored tensor
+        const V d = t - pivot[v];
         s1[v] = s1[v] + d;
         s2[v] = fma(d, d, s2[v]);
       }
-    }
-  }
+  });
   if (p.measure) {
     T a[NR], b[NR], c[NR];
     for (int v = 0; v < NV; v++) pivot[v].store(a + v * V::N), s1[v].store(b + v * V::N), s2[v].store(c + v * V::N);
@@ -279,12 +266,14 @@ MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows,
   constexpr int NR = Shape<V>::nr;
   const S* g = static_cast<const S*>(p.incoming.g) + m0 * p.o;
   const S* y = p.incoming.y ? static_cast<const S*>(p.incoming.y) + m0 * p.o : nullptr;
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t q = 0; q * NR < p.o; q++) {
-      const int64_t at = r * p.o + q * NR;
-      correct<V>(g + at, y ? y + at : nullptr, least(NR, p.o - q * NR), p.incoming.offset + q * NR, p.incoming.slope + q * NR,
-                 p.incoming.mean + q * NR, panels + (q * p.mc + r) * NR);
-    }
+  with_bool(y != nullptr, [&](auto measured) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t q = 0; q * NR < p.o; q++) {
+        const int64_t at = r * p.o + q * NR;
+        correct<measured.value, V>(g + at, y + at, least(NR, p.o - q * NR), p.incoming.offset + q * NR,
+                                   p.incoming.slope + q * NR, p.incoming.mean + q * NR, panels + (q * p.mc + r) * NR);
+      }
+  });
 }
 
 // gw is [ceil(k / nr)][round_up(o, nr)][nr], this thread's own, added to.
@@ -302,31 +291,18 @@ template <Act act, class V, class S, class T>
 void finish_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t k0, const T* tile, NormSums sums) {
   constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
   const int64_t lanes = least(NR, p.k - k0);
-  V mean[NV], scale[NV], shift[NV], gp[NV], gpx[NV];
-  for (int v = 0; v < NV; v++) {
-    mean[v] = V::load(p.norm.mean + k0 + v * V::N);
-    scale[v] = V::load(p.norm.scale + k0 + v * V::N);
-    shift[v] = V::load(p.norm.shift + k0 + v * V::N);
-    gp[v] = gpx[v] = V::zero();
-  }
+  NormBackward<V, NV> norm(p.norm, k0);
   const S* x = static_cast<const S*>(p.x) + m0 * p.k + k0;
   S* dx = static_cast<S*>(p.out) + m0 * p.k + k0;
-  for (int64_t r = 0; r < rows; r++, x += p.k, dx += p.k) {
+  with_bool(lanes == NR, [&](auto whole) {
+    for (int64_t r = 0; r < rows; r++) {
+      V gz[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      const int64_t left = lanes - v * V::N;
-      if (left <= 0) break;
-      const V xc = load_some<V>(x + v * V::N, left) - mean[v];
-      const V g = activate_grad<act>(V::load(tile + r * NR + v * V::N), fma(xc, scale[v], shift[v]));
-      gp[v] = gp[v] + g;
-      gpx[v] = fma(g, xc, gpx[v]);
-      store_some(g * scale[v], dx + v * V::N, left);
+      for (int v = 0; v < NV; v++) gz[v] = V::load(tile + r * NR + v * V::N);
+      norm.template pixel<act, whole.value>(gz, x + r * p.k, dx + r * p.k, lanes);
     }
-  }
-  for (int v = 0; v < NV; v++) {
-    accumulate(sums.gp + k0 + v * V::N, gp[v], lanes - v * V::N);
-    accumulate(sums.gpx + k0 + v * V::N, gpx[v], lanes - v * V::N);
-  }
+  });
+  norm.add_to(sums.gp + k0, sums.gpx + k0, lanes);
 }
 
 template <class S, class T = typename Arithmetic<S>::type>
