@@ -1,10 +1,13 @@
 """Drives CMake and ninja; everything about the native build is in CMakeLists.txt."""
 
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -13,17 +16,18 @@ ROOT = pathlib.Path(__file__).parent.resolve()
 
 
 def torch_package() -> tuple[pathlib.Path, str]:
-    try:
-        import torch
-    except ImportError:
+    """Its folder and version, without importing it: that takes seconds, and half a minute under emulation."""
+    found = importlib.util.find_spec("torch")
+    if found is None:
         raise SystemExit(
             "mnops is built against the torch you already have, and none was found. "
             "Install torch >= 2.10, then: pip install --no-build-isolation ."
-        ) from None
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+        )
+    version = importlib.metadata.version("torch")
+    major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < (2, 10):
-        raise SystemExit(f"mnops needs torch >= 2.10 (the stable ABI), got {torch.__version__}")
-    return pathlib.Path(torch.__file__).parent, torch.__version__
+        raise SystemExit(f"mnops needs torch >= 2.10 (the stable ABI), got {version}")
+    return pathlib.Path(found.origin).parent, version
 
 
 def commit() -> str:
@@ -45,13 +49,14 @@ class CMakeBuild(build_ext):
         built = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         built.parent.mkdir(parents=True, exist_ok=True)
         target = ROOT / "mnops" if in_place else built.parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", str(ROOT), "-G", "Ninja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMNOPS_TORCH_DIR={torch_dir}",
             f"-DMNOPS_TORCH_VERSION={torch_version}",

@@ -17,6 +17,9 @@ const std::vector<Capability>& capabilities() {
 #endif
           "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
+#ifdef MNOPS_HAS_NEON
+      {&neon_kernels, "neon", true},  // part of AArch64
+#endif
   };
   return all;
 }

@@ -46,5 +46,8 @@ extern const InstructionSet scalar_kernels;
 #ifdef MNOPS_HAS_AVX2
 extern const InstructionSet avx2_kernels;
 #endif
+#ifdef MNOPS_HAS_NEON
+extern const InstructionSet neon_kernels;
+#endif
 
 }  // namespace mnops

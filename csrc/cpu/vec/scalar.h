@@ -21,13 +21,18 @@ inline uint16_t float_to_bf16(float f) {  // round to nearest even, NaN stays Na
   if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 0x40);
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
+#ifdef __aarch64__  // g++ 12 has no _Float16 in C++ there
+using half = __fp16;
+#else
+using half = _Float16;
+#endif
 inline float f16_to_float(uint16_t bits) {
-  _Float16 h;
+  half h;
   ::memcpy(&h, &bits, 2);
   return float(h);
 }
 inline uint16_t float_to_f16(float f) {
-  _Float16 h = _Float16(f);
+  half h = half(f);
   uint16_t bits;
   ::memcpy(&bits, &h, 2);
   return bits;
