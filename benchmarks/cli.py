@@ -20,36 +20,38 @@ QUICK = machine.ROOT / "runs" / "bench-quick.csv"
 
 # Each published table is one command, and `bench all` is all of them. Compilers take most of the time.
 TABLES = {
-    "depthwise": "ops --shapes mobilenet_v1 --op depthwise --pass train",
-    "pointwise": "ops --shapes mobilenet_v1 --op pointwise --pass train "
-    "--peers mnops torch-nchw torch-channels_last",
-    "roofline": "ops --shapes mobilenet_v1 --form chained --pass forward backward "
-    "--peers mnops torch-channels_last",
-    "training": "net --pass train",
-    "inference": "net --pass infer",
-    "scaling": "net --networks 1.0-224 --pass train infer --batch 1 4 16 --threads 1 2 "
-    "--peers mnops torch-nchw torch-channels_last onnxruntime openvino",
-    "startup": "startup",
+    "cpu": {
+        "depthwise": "ops --op depthwise --pass train --budget 4",
+        "pointwise": "ops --op pointwise --pass train --budget 3 "
+        "--peers mnops torch-nchw torch-channels_last",
+        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --budget 2 "
+        "--peers mnops",
+        "training": "net --pass train",
+        "inference": "net --pass infer",
+        "scaling": "net --networks 1.0-224 --pass train infer --batch 1 4 16 --threads 1 2 --budget 4 "
+        "--peers mnops torch-channels_last onnxruntime openvino",
+        "startup": "startup --peers mnops torch-channels_last torch-compile onnxruntime openvino",
+    },
+    "cuda": {
+        "depthwise": "ops --op depthwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2",
+        "pointwise": "ops --op pointwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2 "
+        "--peers mnops torch-nchw torch-channels_last",
+        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --batch 128 "
+        "--dtype bfloat16 --launch graph --budget 1 --peers mnops",
+        "training": "net --pass train --batch 256 --dtype bfloat16 --budget 4",
+        "inference": "net --networks 1.0-224 --pass infer --batch 1 256 --dtype bfloat16 --budget 4",
+        "startup": "startup --peers mnops torch-channels_last torch-compile",
+    },
 }
-
-DEFAULT_PEERS = {
-    ("ops", "cpu"): "mnops torch-nchw torch-channels_last torch-compile",
-    (
-        "net",
-        "cpu",
-    ): "mnops mnops-recompute torch-nchw torch-channels_last torch-compile torch-frozen timm onnxruntime "
-    "openvino xnnpack",
-    (
-        "ops",
-        "cuda",
-    ): "mnops mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max",
-    (
-        "net",
-        "cuda",
-    ): "mnops mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max "
-    "torch-frozen timm",
+PEERS_OF = {
+    "ops cpu": "mnops torch-nchw torch-channels_last torch-compile",
+    "net cpu": "mnops mnops-recompute torch-nchw torch-channels_last torch-compile torch-frozen timm "
+    "onnxruntime openvino xnnpack",
+    "ops cuda": "mnops mnops-triton torch-nchw torch-channels_last torch-compile",
+    "net cuda": "mnops mnops-triton mnops-recompute torch-nchw torch-channels_last torch-compile "
+    "torch-compile-max torch-frozen timm",
+    "quick": "mnops torch-nchw torch-channels_last onnxruntime openvino",
 }
-QUICK_PEERS = "mnops torch-nchw torch-channels_last onnxruntime openvino"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         p = commands.add_parser(name, help=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name == "table":
-            p.add_argument("table", choices=TABLES)
+            p.add_argument("table", choices=TABLES["cpu"])
         if name == "ops":
             p.add_argument("--shapes", nargs="+", default=["mobilenet_v1"], help="files of benchmarks/shapes")
             p.add_argument("--select", default="", metavar="REGEX", help="only layers whose name matches")
@@ -93,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help=", ".join(PEERS))
             p.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
         p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-        p.add_argument("--budget", type=float, default=8.0, help="seconds of timing per case")
+        p.add_argument("--budget", type=float, help="seconds of timing per case (8, or the table's own)")
         p.add_argument("--rounds", type=int, nargs=2, default=(7, 40), metavar=("LEAST", "MOST"))
         p.add_argument(
             "--quick", action="store_true", help="a trial: few cases and rounds, into " + str(QUICK.name)
@@ -108,25 +110,30 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.command in ("table", "all"):
-        given = [f"--{k}" for k in ("quick", "fresh") if getattr(args, k)] + ["--budget", str(args.budget)]
+        given = [f"--{k}" for k in ("quick", "fresh") if getattr(args, k)]
+        given += ["--budget", str(args.budget)] if args.budget else []
         given += ["--device", args.device, "--rounds", *map(str, args.rounds)]
         given += ["--results", str(args.results)] if args.results else []
-        for name in TABLES if args.command == "all" else [args.table]:
-            print(f"{name}: python -m mnops bench {TABLES[name]}", flush=True)
-            main([*shlex.split(TABLES[name]), *given])
+        tables = TABLES[args.device]
+        if args.command == "table" and args.table not in tables:
+            raise SystemExit(f"bench: the tables on {args.device} are {', '.join(tables)}, got {args.table}")
+        for name in tables if args.command == "all" else [args.table]:
+            print(f"{name}: python -m mnops bench {tables[name]}", flush=True)
+            main([*shlex.split(tables[name]), *given])
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench: --device cuda needs a GPU that torch can use, and there is none")
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True  # as every training recipe has it
     suite = "net" if args.command in ("net", "startup") else "ops"
-    peers = args.peers or (QUICK_PEERS if args.quick else DEFAULT_PEERS[suite, args.device]).split()
+    peers = args.peers or PEERS_OF["quick" if args.quick else f"{suite} {args.device}"].split()
+    published = RESULTS / f"{machine.slug(machine.name(args.device))}.csv"
     options = Options(
         tuple(peers),
-        args.results or (QUICK if args.quick else RESULTS / f"{machine.slug(machine.name(args.device))}.csv"),
+        args.results or (QUICK if args.quick and args.command != "guard" else published),
         args.device,
         launch=getattr(args, "launch", "call"),
-        budget=1.0 if args.quick else args.budget,
+        budget=1.0 if args.quick else args.budget or 8.0,
         rounds=(5, 10) if args.quick else tuple(args.rounds),
         fresh=args.fresh or args.quick,
     )

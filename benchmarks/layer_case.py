@@ -181,9 +181,10 @@ class LayerCase:
 
 @lru_cache(2)  # the contenders of a case ask one after the other
 def _truth(case: LayerCase, form: str) -> list[Tensor]:
-    x, g = case.buffers("NCHW", "cpu")[0]
+    device = machine.fastest()
+    x, g = case.buffers("NCHW", device)[0]
     buffers = [(x.detach().double().requires_grad_(x.requires_grad), g.double())]
-    module = case.module().double()
+    module = case.module().to(device).double()
     if form == "standalone":
         step = case.step(module, list(module.parameters()), buffers)
     else:

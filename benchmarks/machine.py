@@ -32,6 +32,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def fastest() -> str:
+    """Where the truth is computed."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @functools.cache
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
@@ -79,7 +84,7 @@ def commit() -> str:
 
 def rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """Copy bandwidth in GB/s (bytes read and written, far beyond the cache) and GEMM rate in GFLOP/s."""
-    size = max(4 * last_level_cache(device), 64 << 20)
+    size = 1 << 30 if device == "cuda" else max(4 * last_level_cache(device), 64 << 20)
     a = torch.ones(size // 4, device=device)
     b = torch.empty_like(a)
     # the CPU computes halves in fp32, so its roof is the fp32 rate

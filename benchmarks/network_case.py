@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import stock
+from . import machine, stock
 from .layer_case import LayerCase
 from .shapes import Layer, Network
 from .step import FORMATS, Buffers, Step
@@ -131,9 +131,10 @@ class NetworkCase:
 
 @lru_cache(2)
 def _truth(case: NetworkCase, act: str) -> list[Tensor]:
-    module = case.module(act).double()
+    device = machine.fastest()
+    module = case.module(act).to(device).double()
     exact = NetworkCase(case.network, case.phase, case.batch, torch.float64)
-    x, labels = case.buffers("NCHW", "cpu")[0]
+    x, labels = case.buffers("NCHW", device)[0]
     return [
         t.detach() for t in exact.step(module, list(module.parameters()), [(x.double(), labels)]).outputs()
     ]

@@ -139,11 +139,16 @@ def executorch(module: nn.Module, x: Tensor) -> Callable:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = to_edge_transform_and_lower(
+        lowered = to_edge_transform_and_lower(
             torch.export.export(module, (x,)), partitioner=[XnnpackPartitioner()]
         )
-        method = Runtime.get().load_program(program.to_executorch().buffer).load_method("forward")
-    return lambda x: method.execute([x])[0]
+    program = Runtime.get().load_program(lowered.to_executorch().buffer)
+    method = program.load_method("forward")
+
+    def run(x: Tensor, owner: Any = program) -> Tensor:  # a method does not keep its program alive
+        return method.execute([x])[0]
+
+    return run
 
 
 # timm

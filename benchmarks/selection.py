@@ -43,7 +43,13 @@ def groups(table: Iterable[Row], **where: object) -> list[Group]:
     for row in table:
         if row["check"] == "ok" and all(row[c] == value for c, value in where.items()):
             found.setdefault(tuple(row[c] for c in GROUP), Group())[row["contender"]] = row
-    return list(found.values())
+    return [_one_run(g) for g in found.values()]
+
+
+def _one_run(g: Group) -> Group:
+    """Without rows that were measured beside another mnops than the newest: their ratios are to that."""
+    own = g.mine or g.first
+    return Group({name: r for name, r in g.items() if r["commit"] == own["commit"]})
 
 
 def usual_threads(table: list[Row]) -> float:

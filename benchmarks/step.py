@@ -28,7 +28,7 @@ def error(got: list[Any], truth: list[Tensor]) -> float:
         return math.inf
     worst = 0.0
     for a, b in zip(got, truth):
-        a, b = torch.as_tensor(a).detach().double().cpu(), b.double()
+        a, b = torch.as_tensor(a).detach().double().cpu(), b.double().cpu()
         if a.shape != b.shape:
             return math.inf
         worst = max(worst, ((a - b).norm() / b.norm().clamp_min(1e-30)).nan_to_num(math.inf).item())

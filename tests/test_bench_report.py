@@ -127,7 +127,7 @@ def test_pages_hold_the_rows(folder):
 
 def test_the_same_rows_give_the_same_figures(folder, tmp_path):
     pytest.importorskip("matplotlib")
-    table = rows.read_all(folder / "results")
+    table = [r for r in rows.read_all(folder / "results") if r["suite"] == "net"]
     for name in ("one", "two"):
         figures.draw(table, tmp_path / name, "x")
     for path in (tmp_path / "one").iterdir():
