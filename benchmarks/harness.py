@@ -19,6 +19,8 @@ from .peers import MINE, PEERS, Case
 from .rows import Row
 from .step import Step, error, tolerance
 
+BUSY = 1.0  # load average of the last minute, above which somebody else is computing
+
 
 @dataclass(frozen=True)
 class Options:
@@ -51,6 +53,8 @@ def run(cases: Iterable[Case], options: Options) -> list[Row]:
     ):
         for reason in sorted({r for case in cases for r in absent(case, options)}):
             bar.write(reason)
+        if (load := os.getloadavg()[0]) > BUSY:
+            bar.write(f"the machine is busy (load {load:.1f}): these will not be its best figures")
         for done, case in enumerate(cases):
             c = case.columns
             bar.set_postfix_str(f"{c['case']} {c['form']} {c['pass']} {c['batch']} {c['dtype']}")
@@ -100,13 +104,16 @@ def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda
 
 def observe(row: Row, step: Step, case: Case, options: Options) -> None:
     """Memory and the kernels that ran: what is not a time."""
-    with contextlib.suppress(RuntimeError):  # a graph replay has neither
-        if step.forward is not None:
-            row["saved_bytes"] = memory.saved_bytes(step.forward, step.parameters)
-        if row["backend"].split()[0] in ("torch", "timm", "mnops"):
-            if case.phase == "train":
-                row["peak_bytes"] = memory.peak_bytes(step.call, options.device)
-            row["kernel"] = memory.kernels(step.call, options.device)
+    if step.forward is not None:
+        row["saved_bytes"] = memory.saved_bytes(step.forward, step.parameters)
+    if row["backend"].split()[0] in (
+        "torch",
+        "timm",
+        "mnops",
+    ):  # the others allocate and run out of torch's sight
+        if case.phase == "train" and options.launch == "call":
+            row["peak_bytes"] = memory.peak_bytes(step.call, options.device)
+        row["kernel"] = memory.kernels(step.call, options.device)
 
 
 def base(case: Case, options: Options) -> Row:

@@ -1,6 +1,5 @@
 """bench kernels: the micro-kernels of each instruction set, called on NumPy arrays on one thread: no
-torch dispatcher, no autograd, no thread pool. The
-list of instruction sets is the package's own."""
+torch dispatcher, no autograd, no thread pool. The list of instruction sets is the package's own."""
 
 from __future__ import annotations
 
