@@ -20,3 +20,9 @@ __all__ = [
     "pointwise_conv_bn_act",
     "reference",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        return _native.build_info()["version"]
+    raise AttributeError(f"module 'mnops' has no attribute {name!r}")

@@ -6,9 +6,12 @@ whose functions have the names and arguments of the ops it serves, and one line 
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+from mnops import _native
 
 
 class Backend(NamedTuple):
@@ -16,6 +19,7 @@ class Backend(NamedTuple):
     namespace: str  # of torch.ops
     devices: tuple[str, ...]  # device types it runs on; empty: every one
     module: str | None  # holds the kernels as Python functions; None: they are in the native library
+    missing: Callable[[], str | None] = lambda: None  # why this machine lacks it altogether, None if it does not
 
 
 # In order of preference: by default the first that serves the op on the tensor's device is taken.
@@ -25,7 +29,7 @@ BACKENDS = {
         Backend("cpu", "mnops", ("cpu",), None),
         Backend("reference", "mnops_reference", (), "mnops.reference"),
         # After the reference until a GPU has run its tests: forced, not chosen.
-        Backend("cuda", "mnops", ("cuda",), None),
+        Backend("cuda", "mnops", ("cuda",), None, _native.cuda_missing),
     )
 }
 
@@ -35,6 +39,8 @@ def why_not(name: str, op: str, device: str) -> str | None:
     backend = BACKENDS[name]
     if backend.devices and device not in backend.devices:
         return f"it runs on {' and '.join(backend.devices)} tensors, not on {device}"
+    if missing := backend.missing():
+        return missing
     if backend.module is None:
         found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{backend.namespace}::{op}", device.upper())
     else:
@@ -56,7 +62,6 @@ if _forced:
 _chosen: dict[tuple[str | None, str, str], str] = {}
 
 
-@torch.compiler.assume_constant_result  # the compiler guards on `forced`, and need not look inside
 def _choose(forced: str | None, op: str, device: str) -> str:
     key = forced, op, device
     if key not in _chosen:
@@ -67,6 +72,11 @@ def _choose(forced: str | None, op: str, device: str) -> str:
             raise RuntimeError(f"{op}: {said}")
         _chosen[key] = BACKENDS[name].namespace
     return _chosen[key]
+
+
+# torch.compiler.assume_constant_result, whose call would load the compiler (seconds): the compiler guards on the
+# arguments, and need not look inside.
+_choose._dynamo_marked_constant = True
 
 
 def choose(op: str, device: str) -> str:

@@ -24,14 +24,7 @@ from mnops.reference import ACTIVATIONS, wide
 
 __all__ = ["DepthwiseConvBNAct", "DepthwiseSeparable", "PointwiseConvBNAct", "chain"]
 
-# What the stock path runs. In place where torch's backward does not need the input.
-STOCK_ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": lambda x: F.relu(x, inplace=True),
-    "relu6": lambda x: F.relu6(x, inplace=True),
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-}
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def check_act(owner: str, act: str) -> str:
@@ -91,7 +84,7 @@ def conv_bn_act(
 
 def _op_of(conv: nn.Module, bn: nn.Module, same: bool) -> str | None:
     """Which op computes conv, or None if the stock modules must: subclasses may compute anything."""
-    if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS:
         return None
     if has_hooks(conv) or has_hooks(bn) or conv.padding_mode != "zeros":
         return None
@@ -111,7 +104,10 @@ def _stock(x: Tensor, conv: nn.Module, bn: nn.Module, act: str, same: bool) -> T
     if same:
         sides = [same_padding(*arg) for arg in zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation)]
         x = F.pad(x, (*sides[1], *sides[0]))
-    return STOCK_ACTIVATIONS[act](bn(conv(x)))
+    x = bn(conv(x))
+    if act in ("relu", "relu6"):  # in place, as users write it, where nothing else may hold on to x
+        return getattr(F, act)(x, inplace=type(bn) in BATCH_NORMS and not has_hooks(bn))
+    return x if act == "none" else getattr(F, act)(x)
 
 
 def _statistics(
@@ -135,7 +131,7 @@ def _statistics(
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
             if momentum is None:  # cumulative average; a tensor, so that nothing waits for its value
-                momentum = (1 / bn.num_batches_tracked).to(bn.running_mean.dtype)
+                momentum = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
         shifted = mean if bias is None else mean + bias
         update_running(bn.running_mean, bn.running_var, shifted, var, count, momentum)
     # bias - bias: its gradient is zero, and there, for whoever waits for one (DDP)

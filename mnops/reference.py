@@ -146,7 +146,7 @@ def depthwise_conv2d(
     beta: Vector = None, eps: float = 1e-5, act: str = "none", stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0, 0, 0), dilation: Sequence[int] = (1, 1), measure: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = conv(z, weight), one (K, K) filter a channel; mean and biased variance over N, H, W of the y stored.
+    """y = conv(z, weight), one (K, K) filter a channel; mean and biased variance over N, H, W of stored y.
 
     x (N, C, H, W); weight (C, 1, K, K); padding [top, bottom, left, right] -> y, mean (C,), var (C,); without
     `measure` mean and var are (0,).

@@ -42,8 +42,9 @@ def pending_args(x: Tensor | Pending, cast: bool = True) -> tuple:
     t, mean, var, gamma, beta, eps, act = x
     if not isinstance(t, Tensor):
         raise TypeError(f"x must be a Tensor or a Pending one, got {type(t).__name__}")
-    if cast and torch.is_autocast_enabled(t.device.type):
-        dtype = torch.get_autocast_dtype(t.device.type)
+    device = t.device.type
+    if cast and device != "meta" and torch.is_autocast_enabled(device):  # meta tensors have no autocast
+        dtype = torch.get_autocast_dtype(device)
         if t.dtype != dtype and t.dtype in DTYPES and t.dtype != torch.float64:
             t = t.to(dtype)
     if mean is not None or var is not None or gamma is not None or beta is not None:
