@@ -18,19 +18,24 @@ from .peers import PEERS, Case
 RESULTS = Path(__file__).parent / "results"
 QUICK = machine.ROOT / "runs" / "bench-quick.csv"
 
-# Each published table is one command, and `bench all` is all of them. Compilers take most of the time.
+# Each published table is one command, and `bench all` is all of them but the EXTRA ones: a quarter of an hour on
+# two cores, most of it in compilers.
+EXTRA = ("bfloat16", "kernels", "autotune")
 TABLES = {
     "cpu": {
-        "depthwise": "ops --op depthwise --pass train --budget 4",
-        "pointwise": "ops --op pointwise --pass train --budget 3 "
+        "depthwise": "ops --op depthwise --pass train --budget 3",
+        "pointwise": "ops --op pointwise --form chained --pass train --budget 3 "
         "--peers mnops torch-nchw torch-channels_last",
-        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --budget 2 "
+        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --budget 1 "
         "--peers mnops",
         "training": "net --pass train",
         "inference": "net --pass infer",
-        "scaling": "net --networks 1.0-224 --pass train infer --batch 1 4 16 --threads 1 2 --budget 4 "
+        "scaling": "net --networks 1.0-224 --pass train infer --batch 1 16 --threads 1 2 --budget 4 "
         "--peers mnops torch-channels_last onnxruntime openvino",
         "startup": "startup --peers mnops torch-channels_last torch-compile onnxruntime openvino",
+        "kernels": "kernels --budget 1",
+        "bfloat16": "net --networks 1.0-224 --pass train infer --batch 16 --dtype bfloat16 --budget 4 "
+        "--peers mnops torch-nchw torch-channels_last",
     },
     "cuda": {
         "depthwise": "ops --op depthwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2",
@@ -40,6 +45,8 @@ TABLES = {
         "--dtype bfloat16 --launch graph --budget 1 --peers mnops",
         "training": "net --pass train --batch 256 --dtype bfloat16 --budget 4",
         "inference": "net --networks 1.0-224 --pass infer --batch 1 256 --dtype bfloat16 --budget 4",
+        "autotune": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --budget 4 "
+        "--peers mnops torch-compile-max",
         "startup": "startup --peers mnops torch-channels_last torch-compile",
     },
 }
@@ -49,7 +56,7 @@ PEERS_OF = {
     "onnxruntime openvino xnnpack",
     "ops cuda": "mnops mnops-triton torch-nchw torch-channels_last torch-compile",
     "net cuda": "mnops mnops-triton mnops-recompute torch-nchw torch-channels_last torch-compile "
-    "torch-compile-max torch-frozen timm",
+    "torch-frozen timm",
     "quick": "mnops torch-nchw torch-channels_last onnxruntime openvino",
 }
 
@@ -68,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         p = commands.add_parser(name, help=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name == "table":
-            p.add_argument("table", choices=TABLES["cpu"])
+            p.add_argument("table", choices=dict.fromkeys([*TABLES["cpu"], *TABLES["cuda"]]))
         if name == "ops":
             p.add_argument("--shapes", nargs="+", default=["mobilenet_v1"], help="files of benchmarks/shapes")
             p.add_argument("--select", default="", metavar="REGEX", help="only layers whose name matches")
@@ -117,7 +124,7 @@ def main(argv: list[str]) -> int:
         tables = TABLES[args.device]
         if args.command == "table" and args.table not in tables:
             raise SystemExit(f"bench: the tables on {args.device} are {', '.join(tables)}, got {args.table}")
-        for name in tables if args.command == "all" else [args.table]:
+        for name in [n for n in tables if n not in EXTRA] if args.command == "all" else [args.table]:
             print(f"{name}: python -m mnops bench {tables[name]}", flush=True)
             main([*shlex.split(tables[name]), *given])
         return 0

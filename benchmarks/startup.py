@@ -50,7 +50,7 @@ def run(options: Options) -> None:
             serves = phase == "import" or phase in PEERS[name].passes
             if serves and (options.fresh or have.get(rows.key(row)) != commit):
                 todo[phase, name] = row
-    rounds = 1 if quick else 3
+    rounds = 1 if quick else 2
     # a compiler takes a minute, which noise hardly moves: once
     once = {(phase, name) for phase, name in todo if phase != "import" and "compile" in name}
     times: dict[tuple[str, str], list[float]] = {job: [] for job in todo}

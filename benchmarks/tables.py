@@ -116,7 +116,7 @@ def layer_table(table: list[Row], suite: str) -> str:
             else [""] * 3
         )
         gbs, gflops = (own[c] / own["p50_ms"] / 1e6 for c in ("bytes", "flops"))
-        cached = "" if own["bytes"] > 2 * own["cache_bytes"] else " (fits the cache)"
+        cached = "" if own["bytes"] > own["cache_bytes"] else " (fits the cache)"
         rates = [f"{gbs:.1f}", f"{gbs / own['copy_gbs']:.0%}{cached}", f"{gflops:.0f}"]
         body.append([work(own), own["contender"], ms(own["p50_ms"]), *beside, floors(own), *rates])
     columns = "layer | contender | ms | best other | ms | other / mnops [quartiles] | x floor"
