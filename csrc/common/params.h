@@ -51,6 +51,7 @@ template <class T> struct Depthwise {
   Norm<T> norm;
   Incoming<T> incoming;    // backward only
   bool measure, need_weight;
+  bool stream;             // store past the caches
 };
 
 // A matrix product over rows (pixels): y[m, o] = sum_k z[m, k] W[o, k]. Weights are packed in column panels
@@ -64,6 +65,7 @@ template <class T> struct Pointwise {
   Norm<T> norm;
   Incoming<T> incoming;    // backward only
   bool measure, need_weight;
+  bool stream;             // store past the caches
 };
 
 // A tensor of rows of channels: [n][hw][c].

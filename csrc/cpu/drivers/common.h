@@ -28,6 +28,11 @@ struct Threads {
   int worth(int64_t elements) const { return int(std::clamp<int64_t>(elements / 16384, 1, count)); }
 };
 
+// Whether an output is so large that it has left the last-level cache before the next op reads it: then it is stored past
+// the caches, which saves reading the lines that it overwrites. (Depthwise 112 x 112 x 64 at batch 16, stride 2, backward:
+// 10.0 ms to 7.0 ms. Below 8 MiB nothing was gained.)
+inline bool worth_streaming(int64_t bytes) { return bytes >= int64_t(8) << 20; }
+
 // Cache-line aligned memory, not initialised.
 struct Aligned {
   void operator()(void* p) const { std::free(p); }

@@ -32,6 +32,7 @@ void matmul_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m,
   const NormVectors<T> norm(pending, channels, k / channels);
   const Buffer<T> packed = pack_matrix(kernels, threads, weight, o, k, true);
   p.x = x, p.out = y, p.packed = packed.get(), p.norm = norm.norm, p.measure = mean != nullptr;
+  p.stream = worth_streaming(m * o * int64_t(sizeof(T)));
 
   // A block of z in half of L2. Few pixels (a small batch on a late layer): cut the output channels instead.
   const int64_t panels = ceil_div(o, kernels.nr);
@@ -64,6 +65,7 @@ void matmul_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, i
   const Buffer<T> packed = dx ? pack_matrix(kernels, threads, weight, o, k, false) : Buffer<T>();
   p.x = x, p.out = dx, p.packed = packed.get(), p.norm = norm.norm, p.incoming = incoming.incoming;
   p.need_weight = dweight != nullptr;
+  p.stream = worth_streaming(m * k * int64_t(sizeof(T)));
   // Blocks of gy and z together in L2, with room for the panel of weights that meets them.
   p.mc = block_of_pixels<T>(288 * 1024, k + o, m, kernels.mr);
 

@@ -58,6 +58,7 @@ template <class F> MNOPS_INLINE void with_act(Act act, F f) {
 }
 
 MNOPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+MNOPS_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // A whole vector where there is one, the first `left` lanes at the end of the channels.
 template <class V, class S> MNOPS_INLINE V load_some(const S* p, int64_t left) {
@@ -65,16 +66,6 @@ template <class V, class S> MNOPS_INLINE V load_some(const S* p, int64_t left) {
 }
 template <class V, class S> MNOPS_INLINE void store_some(V v, S* p, int64_t left) {
   if (left >= V::N) v.store(p); else v.store(p, int(left));
-}
-
-// z = act((x - mean) * scale + shift) for `c` channels of one pixel, into a padded buffer.
-template <Act act, class V, class S, class T>
-MNOPS_INLINE void normalise(const S* x, int64_t c, const T* mean, const T* scale, const T* shift, T* z) {
-  int64_t i = 0;
-  for (; i + V::N <= c; i += V::N)
-    activate<act>(fma(V::load(x + i) - V::load(mean + i), V::load(scale + i), V::load(shift + i))).store(z + i);
-  if (i < c)
-    activate<act>(fma(V::load(x + i, int(c - i)) - V::load(mean + i), V::load(scale + i), V::load(shift + i))).store(z + i);
 }
 
 // Chan, Golub, LeVeque 1979: merge `count` values with sums s1 of (v - pivot), s2 of (v - pivot)^2 into one channel.
@@ -93,34 +84,34 @@ template <class V> MNOPS_INLINE void accumulate(double* into, V v, int64_t left)
   for (int i = 0; i < V::N && i < left; i++) into[i] += double(lane[i]);
 }
 
-// gy = g + offset + slope * (y - mean) for `c` channels of one pixel, into a padded buffer.
-template <bool measured, class V, class S, class T>
-MNOPS_INLINE void correct(const S* g, const S* y, int64_t c, const T* offset, const T* slope, const T* mean, T* gy) {
-  int64_t i = 0;
-  for (; i + V::N <= c; i += V::N) {
-    V v = V::load(g + i);
-    if (measured) v = v + fma(V::load(y + i) - V::load(mean + i), V::load(slope + i), V::load(offset + i));
-    v.store(gy + i);
-  }
-  if (i < c) {
-    V v = V::load(g + i, int(c - i));
-    if (measured) v = v + fma(V::load(y + i, int(c - i)) - V::load(mean + i), V::load(slope + i), V::load(offset + i));
-    v.store(gy + i);
-  }
+// How a run of vectors is stored: some of the lanes, all of them, or all of them past the caches. A loop is compiled for
+// each, so that there are no tests inside. Streaming saves the read of a cache line that is about to be overwritten; it
+// wants whole aligned lines, and pays where the tensor does not fit the last-level cache anyway.
+enum class Lanes { some, all, stream };
+template <Lanes l> struct LanesTag { static constexpr Lanes value = l; };
+template <class F> MNOPS_INLINE void with_lanes(bool all, F f) {
+  if (all) f(LanesTag<Lanes::all>{}); else f(LanesTag<Lanes::some>{});
 }
-
-// Calls f with whether all lanes are there as a compile-time constant: loops over whole vectors have no tests inside.
-template <bool b> struct BoolTag { static constexpr bool value = b; };
-template <class F> MNOPS_INLINE void with_bool(bool b, F f) {
-  if (b) f(BoolTag<true>{}); else f(BoolTag<false>{});
+template <class V, class S, class F> MNOPS_INLINE void with_stores(bool all, bool stream, const S* to, int64_t stride, F f) {
+  if constexpr (V::N * sizeof(S) == 32) {  // half a line at a time, two stores in a row
+    if (all && stream && reinterpret_cast<uintptr_t>(to) % 64 == 0 && stride * sizeof(S) % 64 == 0)
+      return f(LanesTag<Lanes::stream>{});
+  }
+  with_lanes(all, f);
 }
-template <bool whole, class V, class S> MNOPS_INLINE V load_lanes(const S* p, int64_t left) {
-  if constexpr (whole) return V::load(p);
+template <Lanes lanes, class V, class S> MNOPS_INLINE V load_lanes(const S* p, int64_t left) {
+  if constexpr (lanes != Lanes::some) return V::load(p);
   return left <= 0 ? V::zero() : load_some<V>(p, left);
 }
-template <bool whole, class V, class S> MNOPS_INLINE void store_lanes(V v, S* p, int64_t left) {
-  if constexpr (whole) v.store(p);
+template <Lanes lanes, class V, class S> MNOPS_INLINE void store_lanes(V v, S* p, int64_t left) {
+  if constexpr (lanes == Lanes::stream) v.stream(p);
+  else if constexpr (lanes == Lanes::all) v.store(p);
   else if (left > 0) store_some(v, p, left);
+}
+
+template <bool b> struct BoolTag { static constexpr bool value = b; };
+template <class F> MNOPS_INLINE void with_flag(bool b, F f) {
+  if (b) f(BoolTag<true>{}); else f(BoolTag<false>{});
 }
 
 // What a vector reads as after it was stored in S.
@@ -128,6 +119,49 @@ template <class S, class V> MNOPS_INLINE V rounded(V v) {
   S stored[V::N];
   v.store(stored);
   return V::load(stored);
+}
+
+// z = act((x - mean) * scale + shift) for `c` channels of `pixels` pixels, x_stride and z_stride apart. A cache line of
+// channels at a time, its norm in registers; z is padded to whole vectors.
+template <Act act, class V, class S, class T>
+MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_t c, const T* mean, const T* scale,
+                            const T* shift, T* z, int64_t z_stride) {
+  constexpr int U = V::N >= 8 ? 16 / V::N : 2;
+  for (int64_t i = 0; i < c; i += U * V::N)
+    with_lanes(c - i >= U * V::N, [&](auto lanes) {
+      const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);
+      V m[U], s[U], h[U];
+      for (int u = 0; u < used; u++)
+        m[u] = V::load(mean + i + u * V::N), s[u] = V::load(scale + i + u * V::N), h[u] = V::load(shift + i + u * V::N);
+      for (int64_t j = 0; j < pixels; j++)
+#pragma GCC unroll 2
+        for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++) {
+          const V v = load_lanes<lanes.value, V>(x + j * x_stride + i + u * V::N, c - i - u * V::N);
+          activate<act>(fma(v - m[u], s[u], h[u])).store(z + j * z_stride + i + u * V::N);
+        }
+    });
+}
+
+// gy = g + offset + slope * (y - mean), likewise. Unmeasured, gy = g and y is not read.
+template <bool measured, class V, class S, class T>
+MNOPS_INLINE void correct(const S* g, const S* y, int64_t stride, int64_t pixels, int64_t c, const T* offset, const T* slope,
+                          const T* mean, T* gy, int64_t gy_stride) {
+  constexpr int U = V::N >= 8 ? 16 / V::N : 2;
+  for (int64_t i = 0; i < c; i += U * V::N)
+    with_lanes(c - i >= U * V::N, [&](auto lanes) {
+      const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);
+      V m[U], s[U], o[U];
+      for (int u = 0; u < used; u++)
+        m[u] = V::load(mean + i + u * V::N), s[u] = V::load(slope + i + u * V::N), o[u] = V::load(offset + i + u * V::N);
+      for (int64_t j = 0; j < pixels; j++)
+#pragma GCC unroll 2
+        for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++) {
+          const int64_t at = j * stride + i + u * V::N, left = c - i - u * V::N;
+          V v = load_lanes<lanes.value, V>(g + at, left);
+          if constexpr (measured) v = v + fma(load_lanes<lanes.value, V>(y + at, left) - m[u], s[u], o[u]);
+          v.store(gy + j * gy_stride + i + u * V::N);
+        }
+    });
 }
 
 // Chain rule through a pending norm for U vectors of channels: gp = gz * act'(pre), its sums, and dx = gp * scale.
@@ -139,14 +173,14 @@ template <class V, int U> struct NormBackward {
       shift[u] = V::load(n.shift + c + u * V::N), gp[u] = gpx[u] = V::zero();
     }
   }
-  template <Act act, bool whole, class S> MNOPS_INLINE void pixel(const V* gz, const S* x, S* dx, int64_t lanes) {
+  template <Act act, Lanes how, class S> MNOPS_INLINE void pixel(const V* gz, const S* x, S* dx, int64_t lanes) {
 #pragma GCC unroll 16
     for (int u = 0; u < U; u++) {
-      const V xc = load_lanes<whole, V>(x + u * V::N, lanes - u * V::N) - mean[u];
+      const V xc = load_lanes<how, V>(x + u * V::N, lanes - u * V::N) - mean[u];
       const V g = activate_grad<act>(gz[u], fma(xc, scale[u], shift[u]));
       gp[u] = gp[u] + g;
       gpx[u] = fma(g, xc, gpx[u]);
-      store_lanes<whole>(g * scale[u], dx + u * V::N, lanes - u * V::N);
+      store_lanes<how>(g * scale[u], dx + u * V::N, lanes - u * V::N);
     }
   }
   MNOPS_INLINE void add_to(double* gp_sum, double* gpx_sum, int64_t lanes) const {

@@ -87,8 +87,22 @@ MNOPS_INLINE void convolve_tile(const T* const* row, int64_t at, int64_t ps, con
   for (int t = 0; t < TX; t++) acc[t].store(out + t * ps);
 }
 
+// Rows that the next step is the first to touch, fetched while this one computes; each may be null.
+template <class S> struct Ahead {
+  const S *read[3], *write;
+  int64_t pixels[3], write_pixels;
+  // Pixels [begin, end) of `of` along the row, one cache line of channels.
+  MNOPS_INLINE void fetch(int64_t begin, int64_t end, int64_t of, int64_t stride, int64_t c) const {
+    for (int i = 0; i < 3; i++)
+      if (read[i])
+        for (int64_t j = begin * pixels[i] / of; j < end * pixels[i] / of; j++) prefetch(read[i] + j * stride + c);
+    if (write)
+      for (int64_t j = begin * write_pixels / of; j < end * write_pixels / of; j++) prefetch_to_write(write + j * stride + c);
+  }
+};
+
 template <class V, class S, int K, int SW, class T>
-void convolve_row(const Depthwise<T>& p, const Item& it, const T* const* row, int64_t ps, T* out, const S* const* ahead) {
+void convolve_row(const Depthwise<T>& p, const Item& it, const T* const* row, int64_t ps, T* out, const Ahead<S>& ahead) {
   constexpr int TX = Tile::tx;
   const int64_t cp = round_up(p.c, channel_quantum);
   for (int64_t c = 0; c < it.channels; c += V::N) {
@@ -97,15 +111,9 @@ void convolve_row(const Depthwise<T>& p, const Item& it, const T* const* row, in
     const T* r[K];
     for (int k = 0; k < K; k++) r[k] = row[k] + c;
     const bool new_line = c * int64_t(sizeof(S)) % 64 == 0;
+    if (new_line) ahead.fetch(0, 1, 1, p.c, c);
     int64_t x = 0;
-    for (; x + TX <= p.wo; x += TX) {
-      // The rows that the next step will normalise are fetched while this one computes.
-      if (new_line)
-        for (int s = 0; s < SW; s++)
-          if (ahead[s])
-            for (int64_t t = x * SW; t < (x + TX) * SW; t++) prefetch(ahead[s] + t * p.c + c);
-      convolve_tile<V, K, SW, TX>(r, x * SW * ps, ps, w, out + x * ps + c);
-    }
+    for (; x + TX <= p.wo; x += TX) convolve_tile<V, K, SW, TX>(r, x * SW * ps, ps, w, out + x * ps + c);
     for (; x < p.wo; x++) convolve_tile<V, K, SW, 1>(r, x * SW * ps, ps, w, out + x * ps + c);
   }
 }
@@ -139,12 +147,12 @@ void store_row(const Depthwise<T>& p, const Item& it, const ForwardScratch<T>& s
     }
     V pivot[U], s1[U], s2[U];
     for (int u = 0; u < U; u++) pivot[u] = V::load(s.pivot + c + u * V::N), s1[u] = s2[u] = V::zero();
-    with_bool(left >= channel_quantum, [&](auto whole) {
+    with_stores<V>(left >= channel_quantum, p.stream, y + c, p.c, [&](auto lanes) {
       for (int64_t x = 0; x < p.wo; x++) {
 #pragma GCC unroll 16
         for (int u = 0; u < U; u++) {
           V v = V::load(s.out + x * ps + c + u * V::N);
-          store_lanes<whole.value>(v, y + x * p.c + c + u * V::N, left - u * V::N);
+          store_lanes<lanes.value>(v, y + x * p.c + c + u * V::N, left - u * V::N);
           if (sizeof(S) < sizeof(T)) v = rounded<S>(v);  // the statistics are those of the stored tensor
           const V d = v - pivot[u];
           s1[u] = s1[u] + d;
@@ -190,9 +198,8 @@ void depthwise_forward(const Depthwise<T>& p, int64_t begin, int64_t end, Moment
     auto fill = [&](T* line, int64_t r) {
       const S* x = xs + ((it.n * p.h + r) * p.w) * p.c + it.c0;
       with_act(p.norm.act, [&](auto act) {
-        for (int64_t j = 0; j < p.w; j++)
-          normalise<act.value, V>(x + j * p.c, it.channels, p.norm.mean + it.c0, p.norm.scale + it.c0,
-                                  p.norm.shift + it.c0, line + (j + p.pad_left) * ps);
+        normalise<act.value, V>(x, p.c, p.w, it.channels, p.norm.mean + it.c0, p.norm.scale + it.c0, p.norm.shift + it.c0,
+                                line + p.pad_left * ps, ps);
       });
     };
     for (int64_t oy = it.row0; oy < it.row1; oy++) {
@@ -200,23 +207,27 @@ void depthwise_forward(const Depthwise<T>& p, int64_t begin, int64_t end, Moment
       const T* row[most_rows];
       const int64_t top = oy * p.sh - p.pad_top;
       for (int ky = 0; ky < p.kh; ky++) row[ky] = s.z.row(top + ky * p.dh, fill);
-      const S* ahead[2];  // the input rows that the next output row is the first to need
+      Ahead<S> ahead{};  // the input rows that the next output row is the first to need
       for (int j = 0; j < 2; j++) {
         const int64_t r = top + p.kh + j;
-        ahead[j] = j < p.sh && r >= 0 && r < p.h ? xs + ((it.n * p.h + r) * p.w) * p.c + it.c0 : nullptr;
+        ahead.pixels[j] = p.w;
+        if (j < p.sh && r >= 0 && r < p.h) ahead.read[j] = xs + ((it.n * p.h + r) * p.w) * p.c + it.c0;
       }
+      S* y = ys + ((it.n * p.ho + oy) * p.wo) * p.c + it.c0;
+      if (!p.stream) ahead.write = y, ahead.write_pixels = p.wo;
       if (dense && p.kh == 3 && p.sh == 1) convolve_row<V, S, 3, 1>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 3 && p.sh == 2) convolve_row<V, S, 3, 2>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 5 && p.sh == 1) convolve_row<V, S, 5, 1>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 5 && p.sh == 2) convolve_row<V, S, 5, 2>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 7 && p.sh == 1) convolve_row<V, S, 7, 1>(p, it, row, ps, s.out, ahead);
       else convolve_row_any<V>(p, it, row, ps, s.out);
-      store_row<V, S>(p, it, s, ps, ys + ((it.n * p.ho + oy) * p.wo) * p.c + it.c0, !known && oy == it.row0);
+      store_row<V, S>(p, it, s, ps, y, !known && oy == it.row0);
     }
     if (p.measure)
       for (int64_t c = 0; c < it.channels; c++)
         merge_moments(moments, it.c0 + c, double((it.row1 - it.row0) * p.wo), double(s.pivot[c]), s.s1[c], s.s2[c]);
   }
+  finish_streams();
 }
 
 // ---------------------------------------------------------------- backward
@@ -295,11 +306,6 @@ MNOPS_INLINE void weight_grad_tile(const T* const* row, int64_t m, int64_t ps, c
   }
 }
 
-// Rows that the next step is the first to read, fetched while this one computes; each may be null.
-template <class S> struct Ahead {
-  const S *x, *g, *y;
-};
-
 template <class V, class E, int K, int S, int FY, class T>
 void gradient_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T>& s, const T* const* row, int64_t ps,
                   const Ahead<E>& ahead) {
@@ -310,23 +316,13 @@ void gradient_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T
   for (int64_t c = 0; c < it.channels; c += V::N) {
     const T* r[NY];
     for (int i = 0; i < NY; i++) r[i] = row[i] + c;
+    if (c * int64_t(sizeof(E)) % 64 == 0) ahead.fetch(0, 1, 1, p.c, c);
     if (p.out) {
       V w[NY * K];
       for (int i = 0; i < NY; i++)
         for (int kx = 0; kx < K; kx++) w[i * K + kx] = V::load(p.weight + ((FY + S * i) * K + kx) * cp + it.c0 + c);
-      const bool new_line = c * int64_t(sizeof(E)) % 64 == 0;
       int64_t m = first;
-      for (; m + TX <= last; m += TX) {
-        if (new_line) {
-          if (ahead.x)
-            for (int t = 0; t < TX * S; t++) prefetch(ahead.x + (m * S + t) * p.c + c);
-          if (ahead.g)
-            for (int t = 0; t < TX; t++) prefetch(ahead.g + (m + t) * p.c + c);
-          if (ahead.y)
-            for (int t = 0; t < TX; t++) prefetch(ahead.y + (m + t) * p.c + c);
-        }
-        input_grad_tile<V, K, S, FY, TX>(r, m, ps, w, s.gz + c);
-      }
+      for (; m + TX <= last; m += TX) input_grad_tile<V, K, S, FY, TX>(r, m, ps, w, s.gz + c);
       for (; m < last; m++) input_grad_tile<V, K, S, FY, 1>(r, m, ps, w, s.gz + c);
     }
     if (p.need_weight)
@@ -375,13 +371,13 @@ void finish_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T>&
   for (int64_t c = 0; c < it.channels; c += channel_quantum) {
     const int64_t lanes = it.channels - c;
     NormBackward<V, U> norm(p.norm, it.c0 + c);
-    with_bool(lanes >= channel_quantum, [&](auto whole) {
+    with_stores<V>(lanes >= channel_quantum, p.stream, dx + c, p.c, [&](auto how) {
       for (int64_t j = 0; j < p.w; j++) {
         const T* from = s.gz + (j + p.pad_left) * ps + c;
         V gz[U];
 #pragma GCC unroll 16
         for (int u = 0; u < U; u++) gz[u] = V::load(from + u * V::N);
-        norm.template pixel<act, whole.value>(gz, x + j * p.c + c, dx + j * p.c + c, lanes);
+        norm.template pixel<act, how.value>(gz, x + j * p.c + c, dx + j * p.c + c, lanes);
       }
     });
     norm.add_to(s.gp + c, s.gpx + c, channel_quantum);
@@ -419,19 +415,16 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
     auto fill = [&](T* line, int64_t r) {
       const int64_t at = ((it.n * p.ho + r) * p.wo) * p.c + it.c0;
       const T *offset = p.incoming.offset + it.c0, *slope = p.incoming.slope + it.c0, *mean = p.incoming.mean + it.c0;
-      with_bool(ys != nullptr, [&](auto measured) {
-        for (int64_t j = 0; j < p.wo; j++)
-          correct<measured.value, V>(gs + at + j * p.c, ys + at + j * p.c, it.channels, offset, slope, mean,
-                                     line + (j + s.margin) * ps);
+      with_flag(ys != nullptr, [&](auto measured) {
+        correct<measured.value, V>(gs + at, ys + at, p.c, p.wo, it.channels, offset, slope, mean, line + s.margin * ps, ps);
       });
     };
     for (int64_t iy = it.row0; iy < it.row1; iy++) {
       const S* x = xs + ((it.n * p.h + iy) * p.w) * p.c + it.c0;
       if (p.need_weight)
         with_act(p.norm.act, [&](auto act) {
-          for (int64_t j = 0; j < p.w; j++)
-            normalise<act.value, V>(x + j * p.c, it.channels, p.norm.mean + it.c0, p.norm.scale + it.c0,
-                                    p.norm.shift + it.c0, s.z + (j + p.pad_left) * ps);
+          normalise<act.value, V>(x, p.c, p.w, it.channels, p.norm.mean + it.c0, p.norm.scale + it.c0, p.norm.shift + it.c0,
+                                  s.z + p.pad_left * ps, ps);
         });
       constexpr int most_rows = 64;
       const T* line[most_rows];
@@ -444,11 +437,15 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
       int count = 0;
       for (int ky = 0; ky < p.kh; ky++)
         if (line[ky]) met[count++] = line[ky];
-      Ahead<S> ahead{iy + 1 < p.h ? x + p.w * p.c : nullptr, nullptr, nullptr};
+      Ahead<S> ahead{};
+      S* dx = dxs ? dxs + ((it.n * p.h + iy) * p.w) * p.c + it.c0 : nullptr;
+      ahead.pixels[0] = ahead.write_pixels = p.w, ahead.pixels[1] = ahead.pixels[2] = p.wo;
+      if (!p.stream) ahead.write = dx;
+      if (iy + 1 < it.row1) ahead.read[0] = x + p.w * p.c;
       if ((q + 1) % p.sh == 0 && (q + 1) / p.sh < p.ho) {
         const int64_t at = ((it.n * p.ho + (q + 1) / p.sh) * p.wo) * p.c + it.c0;
-        ahead.g = gs + at;
-        ahead.y = ys ? ys + at : nullptr;
+        ahead.read[1] = gs + at;
+        if (ys) ahead.read[2] = ys + at;
       }
       if (dense && p.kh == 3 && p.sh == 1) gradient_row<V, S, 3, 1, 0>(p, it, s, met, ps, ahead);
       else if (dense && p.kh == 3 && p.sh == 2 && q % 2 == 0) gradient_row<V, S, 3, 2, 0>(p, it, s, met, ps, ahead);
@@ -458,9 +455,9 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
       else if (dense && p.kh == 5 && p.sh == 2) gradient_row<V, S, 5, 2, 1>(p, it, s, met, ps, ahead);
       else if (dense && p.kh == 7 && p.sh == 1) gradient_row<V, S, 7, 1, 0>(p, it, s, met, ps, ahead);
       else gradient_row_any<V>(p, it, s, line, ps);
-      if (dxs)
+      if (dx)
         with_act(p.norm.act, [&](auto act) {
-          finish_row<act.value, V, S>(p, it, s, ps, x, dxs + ((it.n * p.h + iy) * p.w) * p.c + it.c0);
+          finish_row<act.value, V, S>(p, it, s, ps, x, dx);
         });
     }
     for (int64_t c = 0; c < it.channels; c++) {
@@ -471,6 +468,7 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
       for (int k = 0; k < p.kh * p.kw; k++)
         for (int64_t c = 0; c < it.channels; c++) dweight[k * cp + it.c0 + c] += double(s.gw[k * ps + c]);
   }
+  finish_streams();
 }
 
 }  // namespace

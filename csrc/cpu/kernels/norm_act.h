@@ -25,10 +25,10 @@ void norm_act_forward(const Rows<T>& p, int64_t begin, int64_t end) {
 template <Act act, class V, class S, class T, class F>
 MNOPS_INLINE void norm_backward_column(const Rows<T>& p, int64_t begin, int64_t end, int64_t c, NormSums sums, F gz) {
   NormBackward<V, 1> norm(p.norm, c);
-  with_bool(p.c - c >= V::N, [&](auto whole) {
+  with_lanes(p.c - c >= V::N, [&](auto how) {
     for (int64_t r = begin; r < end; r++) {
       const V g = gz(r);
-      norm.template pixel<act, whole.value>(&g, static_cast<const S*>(p.x) + r * p.c + c, static_cast<S*>(p.out) + r * p.c + c, p.c - c);
+      norm.template pixel<act, how.value>(&g, static_cast<const S*>(p.x) + r * p.c + c, static_cast<S*>(p.out) + r * p.c + c, p.c - c);
     }
   });
   norm.add_to(sums.gp + c, sums.gpx + c, p.c - c);

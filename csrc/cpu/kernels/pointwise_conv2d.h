@@ -113,10 +113,9 @@ template <class V, class S, class T> struct Pixels {
     constexpr int NR = Shape<V>::nr;
     const S* x = static_cast<const S*>(p.x) + m0 * p.k;
     with_act(p.norm.act, [&](auto act) {
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t q = 0; q * NR < p.k; q++)
-          normalise<act.value, V>(x + r * p.k + q * NR, least(NR, p.k - q * NR), p.norm.mean + q * NR, p.norm.scale + q * NR,
-                                  p.norm.shift + q * NR, panels + (q * mc + r) * NR);
+      for (int64_t q = 0; q * NR < p.k; q++)
+        normalise<act.value, V>(x + q * NR, p.k, rows, least(NR, p.k - q * NR), p.norm.mean + q * NR, p.norm.scale + q * NR,
+                                p.norm.shift + q * NR, panels + q * mc * NR, NR);
     });
   }
   // Spread over the products of one block, so that the next block is in L2 when its packing starts.
@@ -194,12 +193,12 @@ void store_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t o0, co
     for (int v = 0; v < NV; v++) pivot[v] = pivot[v] * V::set1(T(1) / T(rows));
   }
   S* y = static_cast<S*>(p.out) + m0 * p.o + o0;
-  with_bool(lanes == NR, [&](auto whole) {
+  with_stores<V>(lanes == NR, p.stream, y, p.o, [&](auto how) {
     for (int64_t r = 0; r < rows; r++, y += p.o)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
         V t = V::load(tile + r * NR + v * V::N);
-        store_lanes<whole.value>(t, y + v * V::N, lanes - v * V::N);
+        store_lanes<how.value>(t, y + v * V::N, lanes - v * V::N);
         if (sizeof(S) < sizeof(T)) t = rounded<S>(t);  // the statistics are those of the stored tensor
         const V d = t - pivot[v];
         s1[v] = s1[v] + d;
@@ -232,6 +231,7 @@ MNOPS_INLINE void matmul_forward(const Pointwise<T>& p, const Source& source, in
       store_panel<V, S>(p, m0, rows, j * NR, tile, moments);
     }
   }
+  finish_streams();
 }
 
 template <class S, class T = typename Arithmetic<S>::type>
@@ -266,13 +266,10 @@ MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows,
   constexpr int NR = Shape<V>::nr;
   const S* g = static_cast<const S*>(p.incoming.g) + m0 * p.o;
   const S* y = p.incoming.y ? static_cast<const S*>(p.incoming.y) + m0 * p.o : nullptr;
-  with_bool(y != nullptr, [&](auto measured) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t q = 0; q * NR < p.o; q++) {
-        const int64_t at = r * p.o + q * NR;
-        correct<measured.value, V>(g + at, y + at, least(NR, p.o - q * NR), p.incoming.offset + q * NR,
-                                   p.incoming.slope + q * NR, p.incoming.mean + q * NR, panels + (q * p.mc + r) * NR);
-      }
+  with_flag(y != nullptr, [&](auto measured) {
+    for (int64_t q = 0; q * NR < p.o; q++)
+      correct<measured.value, V>(g + q * NR, y + q * NR, p.o, rows, least(NR, p.o - q * NR), p.incoming.offset + q * NR,
+                                 p.incoming.slope + q * NR, p.incoming.mean + q * NR, panels + q * p.mc * NR, NR);
   });
 }
 
@@ -294,12 +291,12 @@ void finish_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t k0, c
   NormBackward<V, NV> norm(p.norm, k0);
   const S* x = static_cast<const S*>(p.x) + m0 * p.k + k0;
   S* dx = static_cast<S*>(p.out) + m0 * p.k + k0;
-  with_bool(lanes == NR, [&](auto whole) {
+  with_stores<V>(lanes == NR, p.stream, dx, p.k, [&](auto how) {
     for (int64_t r = 0; r < rows; r++) {
       V gz[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) gz[v] = V::load(tile + r * NR + v * V::N);
-      norm.template pixel<act, whole.value>(gz, x + r * p.k, dx + r * p.k, lanes);
+      norm.template pixel<act, how.value>(gz, x + r * p.k, dx + r * p.k, lanes);
     }
   });
   norm.add_to(sums.gp + k0, sums.gpx + k0, lanes);
@@ -328,6 +325,7 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, T* gw
       weight_gradient<V>(p, rows, gy, z, gw);
     }
   }
+  finish_streams();
 }
 
 // Images [begin, end). The input gradient of a stem is a scatter, image by image: rarely wanted (the image is data),

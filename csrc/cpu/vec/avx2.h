@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include <math.h>
-#include <string.h>
 
 #include "common/params.h"
 
@@ -42,14 +41,15 @@ struct F32x8 {
 
   template <class S> static F32x8 load(const S* p, int n) {
     S tmp[N] = {};
-    ::memcpy(tmp, p, n * sizeof(S));
+    for (int i = 0; i < N && i < n; i++) tmp[i] = p[i];
     return load(tmp);
   }
   template <class S> void store(S* p, int n) const {
     S tmp[N];
     store(tmp);
-    ::memcpy(p, tmp, n * sizeof(S));
+    for (int i = 0; i < N && i < n; i++) p[i] = tmp[i];
   }
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
 
   friend F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -106,15 +106,16 @@ struct F64x4 {
   static F64x4 set1(double a) { return {_mm256_set1_pd(a)}; }
   static F64x4 load(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void stream(double* p) const { _mm256_stream_pd(p, v); }
   static F64x4 load(const double* p, int n) {
     double tmp[N] = {};
-    ::memcpy(tmp, p, n * sizeof(double));
+    for (int i = 0; i < N && i < n; i++) tmp[i] = p[i];
     return load(tmp);
   }
   void store(double* p, int n) const {
     double tmp[N];
     store(tmp);
-    ::memcpy(p, tmp, n * sizeof(double));
+    for (int i = 0; i < N && i < n; i++) p[i] = tmp[i];
   }
   friend F64x4 operator+(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend F64x4 operator-(F64x4 a, F64x4 b) { return {_mm256_sub_pd(a.v, b.v)}; }
@@ -137,6 +138,8 @@ struct F64x4 {
       for (int j = 0; j < N; j++) dst[j * dst_stride + i] = src[i * src_stride + j];
   }
 };
+
+inline void finish_streams() { _mm_sfence(); }
 
 template <class T> struct Vec { using type = F32x8; };
 template <> struct Vec<double> { using type = F64x4; };

@@ -114,6 +114,8 @@ struct F64x2 {
   }
 };
 
+inline void finish_streams() {}
+
 template <class T> struct Vec { using type = F32x4; };
 template <> struct Vec<double> { using type = F64x2; };
 

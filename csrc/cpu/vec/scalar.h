@@ -72,6 +72,8 @@ template <class Scalar> struct Lane {
   static void transpose(const T* src, int64_t, T* dst, int64_t) { *dst = *src; }
 };
 
+inline void finish_streams() {}
+
 template <class T> struct Vec { using type = Lane<T>; };
 
 struct Tile {  // of the matrix product, and of the depthwise row
