@@ -69,34 +69,40 @@ void matmul_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, i
   // Blocks of gy and z together in L2, with room for the panel of weights that meets them.
   p.mc = block_of_pixels<T>(288 * 1024, k + o, m, kernels.mr);
 
-  const int64_t nr = kernels.nr, op = ceil_div(o, nr) * nr, kp = ceil_div(k, nr) * nr, size = kp * op;
-  const Buffer<T> gw = dweight ? uninitialised<T>(count * size) : Buffer<T>();
+  // Threads share the pixels, each with a weight gradient of its own, added up at the end. Where that gradient is large
+  // against the pixels (late layers, small batches) they share x's channels instead: each packs gy again, and owns a
+  // part of one gradient.
+  const int64_t nr = kernels.nr, op = ceil_div(o, nr) * nr, panels = ceil_div(k, nr), size = panels * nr * op;
+  const bool by_panel = !window && panels >= count && m < 4 * k;
+  const int copies = by_panel ? 1 : count;
+  const Buffer<T> gw = dweight ? uninitialised<T>(copies * size) : Buffer<T>();
   const ThreadNormSums sums(count, channels);
   const size_t bytes = kernels.matmul_backward_scratch(p);
   const size_t image = window && dx ? size_t(window->h * window->w * window->c) * sizeof(T) : 0;
   threads.run(count, [&](int t) {
-    T* own = dweight ? gw.get() + t * size : nullptr;
-    if (own) std::memset(own, 0, size * sizeof(T));
+    const int64_t first = by_panel ? panels * t / count : 0, last = by_panel ? panels * (t + 1) / count : panels;
+    T* own = dweight ? gw.get() + (by_panel ? 0 : t * size) : nullptr;
+    if (own) std::memset(own + first * nr * op, 0, (last - first) * nr * op * sizeof(T));
     char* memory = scratch(bytes + image);
     if (window) {
       kernels.stem_backward(p, *window, images * t / count, images * (t + 1) / count, own, sums.sums(t), memory,
                             reinterpret_cast<T*>(memory + bytes));
     } else {
       const int64_t rows = ceil_div(m, kernels.mr);
-      kernels.pointwise_backward(p, rows * t / count * kernels.mr, std::min(m, rows * (t + 1) / count * kernels.mr), own,
-                                 sums.sums(t), memory);
+      const int64_t begin = by_panel ? 0 : rows * t / count * kernels.mr;
+      const int64_t end = by_panel ? m : std::min(m, rows * (t + 1) / count * kernels.mr);
+      kernels.pointwise_backward(p, begin, end, first, last, own, sums.sums(t), memory);
     }
   });
   if (dx) sums.write(count, channels, pending, grads);
   if (!dweight) return;
-  const int64_t panels = kp / nr;
   const int sharers = threads.worth(size);
   threads.run(sharers, [&](int t) {  // [panel of k][o][nr] of every thread -> (o, k)
     for (int64_t j = panels * t / sharers; j < panels * (t + 1) / sharers; j++)
       for (int64_t i = 0; i < o; i++)
         for (int64_t l = 0; l < std::min(nr, k - j * nr); l++) {
           T total = 0;
-          for (int s = 0; s < count; s++) total += gw[s * size + (j * op + i) * nr + l];
+          for (int s = 0; s < copies; s++) total += gw[s * size + (j * op + i) * nr + l];
           dweight[i * k + j * nr + l] = total;
         }
   });

@@ -104,25 +104,33 @@ template <class T> void pack_rows(const T* w, int64_t o, int64_t k, int64_t pane
       for (int64_t j = 0; j < NR; j++) dst[(p * o + i) * NR + j] = p * NR + j < k ? w[i * k + p * NR + j] : T(0);
 }
 
+// Fetches one of `parts` parts of an array into L2: spread over the products of one block, so that the next block is
+// there when its packing starts.
+template <class S> MNOPS_INLINE void fetch_part(const S* array, int64_t count, int64_t part, int64_t parts) {
+  const char* from = reinterpret_cast<const char*>(array);
+  const int64_t bytes = count * int64_t(sizeof(S));
+  for (int64_t i = bytes * part / parts & ~63; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 // ---------------------------------------------------------------- what fills the panels of z
 
 // Pixels as they are: the k axis is the channels.
 template <class V, class S, class T> struct Pixels {
   const Pointwise<T>& p;
   MNOPS_INLINE void pack(int64_t m0, int64_t rows, int64_t mc, T*, T* panels) const {
+    pack(m0, rows, mc, 0, (p.k + Shape<V>::nr - 1) / Shape<V>::nr, panels);
+  }
+  MNOPS_INLINE void pack(int64_t m0, int64_t rows, int64_t mc, int64_t panel_begin, int64_t panel_end, T* panels) const {
     constexpr int NR = Shape<V>::nr;
     const S* x = static_cast<const S*>(p.x) + m0 * p.k;
     with_act(p.norm.act, [&](auto act) {
-      for (int64_t q = 0; q * NR < p.k; q++)
+      for (int64_t q = panel_begin; q < panel_end; q++, panels += mc * NR)
         normalise<act.value, V>(x + q * NR, p.k, rows, least(NR, p.k - q * NR), p.norm.mean + q * NR, p.norm.scale + q * NR,
-                                p.norm.shift + q * NR, panels + q * mc * NR, NR);
+                                p.norm.shift + q * NR, panels, NR);
     });
   }
-  // Spread over the products of one block, so that the next block is in L2 when its packing starts.
   MNOPS_INLINE void ahead(int64_t m0, int64_t rows, int64_t part, int64_t parts) const {
-    const char* from = reinterpret_cast<const char*>(static_cast<const S*>(p.x) + m0 * p.k);
-    const int64_t bytes = least(rows, p.m - m0) * p.k * int64_t(sizeof(S));
-    for (int64_t i = bytes * part / parts & ~63; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(from + i, 0, 2);
+    fetch_part(static_cast<const S*>(p.x) + m0 * p.k, least(rows, p.m - m0) * p.k, part, parts);
   }
 };
 
@@ -273,14 +281,15 @@ MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows,
   });
 }
 
-// gw is [ceil(k / nr)][round_up(o, nr)][nr], this thread's own, added to.
+// gw is [ceil(k / nr)][round_up(o, nr)][nr], added to. A few panels of gy stay in L1/L2 while all panels of z pass.
 template <class V, class T>
-void weight_gradient(const Pointwise<T>& p, int64_t rows, const T* gy, const T* z, T* gw) {
+void weight_gradient(const Pointwise<T>& p, int64_t rows, const T* gy, const T* z, int64_t panel_begin, int64_t panel_end, T* gw) {
   constexpr int NR = Shape<V>::nr;
-  const int64_t op = round_up(p.o, NR);
-  for (int64_t j = 0; j * NR < p.k; j++)
-    for (int64_t i = 0; i * NR < p.o; i++)
-      multiply_transposed<V, NR>(gy + i * p.mc * NR, z + j * p.mc * NR, rows, gw + (j * op + i * NR) * NR);
+  const int64_t op = round_up(p.o, NR), panels = op / NR, held = most(1, 32 * 1024 / int64_t(sizeof(T)) / (rows * NR));
+  for (int64_t i0 = 0; i0 < panels; i0 += held)
+    for (int64_t j = panel_begin; j < panel_end; j++)
+      for (int64_t i = i0; i < least(panels, i0 + held); i++)
+        multiply_transposed<V, NR>(gy + i * p.mc * NR, z + (j - panel_begin) * p.mc * NR, rows, gw + (j * op + i * NR) * NR);
 }
 
 // Chain rule through the pending norm of one panel: gp, its sums, and dx = gp * scale.
@@ -302,28 +311,35 @@ void finish_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t k0, c
   norm.add_to(sums.gp + k0, sums.gpx + k0, lanes);
 }
 
+// Pixels [begin, end), panels [panel_begin, panel_end) of x's channels.
 template <class S, class T = typename Arithmetic<S>::type>
-void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, T* gw, NormSums sums, char* scratch) {
+void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, T* gw,
+                        NormSums sums, char* scratch) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr;
   Arena arena{scratch};
-  T* row = arena.take<T>(round_up(most(p.k, p.o), NR));
+  arena.take<T>(round_up(most(p.k, p.o), NR));
   T* gy = arena.take<T>(round_up(p.o, NR) * p.mc);
   T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
   T* tile = arena.take<T>(p.mc * NR);
   const Pixels<V, S, T> source{p};
+  const S* g = static_cast<const S*>(p.incoming.g);
+  const S* y = static_cast<const S*>(p.incoming.y);
+  const int64_t panels = panel_end - panel_begin;
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
-    const int64_t rows = least(p.mc, end - m0);
+    const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
     pack_incoming<V, S>(p, m0, rows, gy);
+    if (p.need_weight) source.pack(m0, rows, p.mc, panel_begin, panel_end, z);
     if (p.out)
-      for (int64_t j = 0; j * NR < p.k; j++) {
+      for (int64_t j = panel_begin; j < panel_end; j++) {
+        if (next < end) {
+          fetch_part(g + next * p.o, next_rows * p.o, j - panel_begin, panels);
+          if (y) fetch_part(y + next * p.o, next_rows * p.o, j - panel_begin, panels);
+        }
         multiply_block<V>(gy, p.mc, rows, p.o, p.packed + j * p.o * NR, tile);
         with_act(p.norm.act, [&](auto act) { finish_panel<act.value, V, S>(p, m0, rows, j * NR, tile, sums); });
       }
-    if (p.need_weight) {
-      source.pack(m0, rows, p.mc, row, z);
-      weight_gradient<V>(p, rows, gy, z, gw);
-    }
+    if (p.need_weight) weight_gradient<V>(p, rows, gy, z, panel_begin, panel_end, gw);
   }
   finish_streams();
 }
@@ -350,7 +366,7 @@ void stem_backward(const Pointwise<T>& p, const Window& w, int64_t begin, int64_
       pack_incoming<V, S>(p, m0, rows, gy);
       if (p.need_weight) {
         source.pack(m0, rows, p.mc, row, z);
-        weight_gradient<V>(p, rows, gy, z, gw);
+        weight_gradient<V>(p, rows, gy, z, 0, (p.k + NR - 1) / NR, gw);
       }
       for (int64_t j = 0; p.out && j * NR < p.k; j++) {
         multiply_block<V>(gy, p.mc, rows, p.o, p.packed + j * p.o * NR, tile);

@@ -21,7 +21,8 @@ template <class T> struct Kernels {
   size_t (*matmul_backward_scratch)(const Pointwise<T>&);
   void (*pointwise_forward)(const Pointwise<T>&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, Moments,
                             char* scratch);
-  void (*pointwise_backward)(const Pointwise<T>&, int64_t begin, int64_t end, T* gw, NormSums, char* scratch);
+  void (*pointwise_backward)(const Pointwise<T>&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, T* gw,
+                             NormSums, char* scratch);
   void (*stem_forward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, int64_t panel_begin,
                        int64_t panel_end, Moments, char* scratch);
   void (*stem_backward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, T* gw, NormSums, char* scratch,
