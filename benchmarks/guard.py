@@ -17,6 +17,7 @@ from .rows import Row
 
 LAYERS = {"dw3s1_128x56", "dw3s2_64x112", "dw3s1_512x14", "pw_128-128x56"}
 NETWORK = "0.25-224"
+TOO_NOISY = 0.25  # relative spread of both beyond which a comparison says nothing
 SLACK = 0.05  # besides the spread of both measurements: two builds of the same source differ by this much
 
 
@@ -30,7 +31,7 @@ def subset() -> list[LayerCase | NetworkCase]:
 
 
 def run(options: Options) -> int:
-    """0: as fast as the committed rows; 1: slower; 2: no committed rows of this machine to compare with."""
+    """0: as fast as the committed rows; 1: slower or wrong; 2: nothing to compare with, or too noisy."""
     committed = {rows.key(r): r for r in rows.read(options.results)}
     with tempfile.TemporaryDirectory() as folder:
         quiet = replace(
@@ -40,30 +41,30 @@ def run(options: Options) -> int:
             budget=min(options.budget, 4.0),
         )
         new = harness.run(subset(), quiet)
-    compared = [
+    pairs = [
         (r, committed[rows.key(r)]) for r in new if rows.key(r) in committed and r["contender"] != "mnops"
     ]
+    compared = [pair for pair in pairs if all(r["check"] == "ok" and r["against"] == "mnops" for r in pair)]
     for row in new:
         if row["check"] != "ok":
             print(f"{row['case']}: {row['contender']} is {row['check']}")
     if not compared:
         print(f"guard: {options.results} has no rows of this machine and these cases: run `bench all` first")
         return 2
-    slower = [verdict(now, then) for now, then in compared]
-    return 1 if any(slower) or any(r["check"] != "ok" for r in new) else 0
+    verdicts = {verdict(now, then) for now, then in compared}
+    if "slower" in verdicts or any(r["check"] != "ok" for r in new):
+        return 1
+    return 2 if "unclear" in verdicts else 0
 
 
-def verdict(now: Row, then: Row) -> bool:
-    """Whether mnops lost speed against the peer: the ratio fell by more than both spreads and the slack."""
-    if now["check"] != "ok" or then["check"] != "ok":
-        return now["check"] != "ok"
-    least = then["ratio"] * (1 - SLACK - spread(then) - spread(now))
-    slower = now["ratio"] < least
-    print(
-        f"{now['case']:16} {now['pass']:6} x{now['ratio']:.2f}, "
-        f"committed x{then['ratio']:.2f}, least x{least:.2f}: " + ("SLOWER" if slower else "ok")
-    )
-    return slower
+def verdict(now: Row, then: Row) -> str:
+    """slower: the ratio to the peer fell by more than both spreads and the slack; unclear: too wide spreads."""
+    noise = spread(then) + spread(now)
+    least = then["ratio"] * (1 - SLACK - noise)
+    found = "unclear" if noise > TOO_NOISY else "slower" if now["ratio"] < least else "ok"
+    told = f"x{now['ratio']:.2f}, committed x{then['ratio']:.2f}, least x{least:.2f}: {found}"
+    print(f"{now['case']:16} {now['pass']:6} {told}")
+    return found
 
 
 def spread(row: Row) -> float:

@@ -73,7 +73,8 @@ def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda
     device = options.device
     torch._dynamo.reset()  # each case compiles for itself, as a user's only network would
     served = [PEERS[name] for name in options.peers if PEERS[name].why_not(case, device) is None]
-    common = base(case, options)
+    common = {**case.columns, **identity(options), "cache_bytes": machine.last_level_cache(device)}
+    before = machine.rates(device, case.dtype)
     limit = tolerance(case, device)
     steps: dict[str, Step] = {}
     made: dict[str, Row] = {}
@@ -93,13 +94,20 @@ def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda
     times = timing.interleave(
         {n: s.call for n, s in steps.items()}, device, options.budget, options.rounds, tick
     )
+    floor = floors(case, *map(max, before, machine.rates(device, case.dtype)))
     against = next((n for n in [*MINE, *times] if n in times), None)
     for name, values in times.items():
         made[name].update(rows.summarize(values, times[against]), against=against)
         observe(made[name], steps[name], case, options)
     del steps
     gc.collect()
-    return list(made.values())
+    return [{**row, **floor} for row in made.values()]
+
+
+def floors(case: Case, copy: float, gemm: float) -> Row:
+    """What the machine could do at best, by the rates measured around the case."""
+    floor = 1e3 * max(case.bytes / copy, case.flops / gemm) / 1e9
+    return {"copy_gbs": copy, "gemm_gflops": gemm, "floor_ms": floor}
 
 
 def observe(row: Row, step: Step, case: Case, options: Options) -> None:
@@ -114,20 +122,6 @@ def observe(row: Row, step: Step, case: Case, options: Options) -> None:
         if case.phase == "train" and options.launch == "call":
             row["peak_bytes"] = memory.peak_bytes(step.call, options.device)
         row["kernel"] = memory.kernels(step.call, options.device)
-
-
-def base(case: Case, options: Options) -> Row:
-    """The columns that all contenders of a case share; the machine's rates are measured for each case."""
-    copy, gemm = machine.rates(options.device, case.dtype)
-    floor = 1e3 * max(case.bytes / copy, case.flops / gemm) / 1e9
-    return {
-        **case.columns,
-        **identity(options),
-        "copy_gbs": copy,
-        "gemm_gflops": gemm,
-        "floor_ms": floor,
-        "cache_bytes": machine.last_level_cache(options.device),
-    }
 
 
 def identity(options: Options) -> Row:
