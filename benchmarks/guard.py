@@ -58,7 +58,7 @@ def run(options: Options) -> int:
 
 
 def verdict(now: Row, then: Row) -> str:
-    """slower: the ratio to the peer fell by more than the spreads and the slack; unclear: they are too wide."""
+    """slower: the ratio to the peer fell by more than spread and slack; unclear: they are too big."""
     noise = spread(then) + spread(now)
     least = then["ratio"] * (1 - SLACK - noise)
     found = "unclear" if noise > TOO_NOISY else "slower" if now["ratio"] < least else "ok"
