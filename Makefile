@@ -1,6 +1,7 @@
 # make train    environment, build, then MobileNet on the built-in images; ARGS="--data DIR ..." for your own
 # make test     environment, build, then the tests; ARGS="-k depthwise" for some
 # make lint     what CI of a pull request would complain about;  make format mends what a tool can mend
+# make bench-guard    has anything become slower than the committed rows say?
 # make clean    removes the environment and what was built
 #
 # PYTHON=python3.12 chooses the interpreter, TORCH=2.10.0 the PyTorch, PIP_ARGS="--extra-index-url ..." where it is from.
@@ -16,13 +17,18 @@ ENVIRONMENT := $(VENV)/torch-$(TORCH).stamp
 BUILD := $(VENV)/build-$(TORCH).stamp
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: train test build lint format clean
+
+.PHONY: train test bench-guard build lint format clean
 
 train: build
 	$(BIN)/python -m mnops train --overwrite $(ARGS)
 
 test: build
 	$(BIN)/python -m pytest -q -rs tests $(ARGS)
+
+bench-guard: build
+	$(PIP) install $(PIP_ARGS) -r requirements-bench.txt
+	$(BIN)/python -m mnops bench guard $(ARGS)
 
 build: $(BUILD)
 
