@@ -20,12 +20,13 @@ template <class T> Depthwise<T> plan_depthwise(const DepthwiseShape& s, int thre
   int64_t block = std::clamp<int64_t>(96 * 1024 / line_bytes / 16 * 16, 32, 512);
   // Four items a thread, so that the last one does not decide: blocks of channels first, then bands of rows.
   const int64_t items = threads > 1 ? 4 * threads : 1;
-  if (s.n < items) block = std::min(block, std::max<int64_t>(32, padded(ceil_div(s.c, ceil_div(items, s.n)))));
-  p.block = ceil_div(s.c, ceil_div(s.c, std::min(block, padded(s.c))));
-  p.block = padded(p.block);
+  if (s.n > 0 && s.n < items) block = std::min(block, std::max<int64_t>(32, padded(ceil_div(s.c, ceil_div(items, s.n)))));
+  block = std::max<int64_t>(channel_padding, std::min(block, padded(s.c)));
+  p.block = padded(ceil_div(s.c, std::max<int64_t>(1, ceil_div(s.c, block))));  // blocks of one size
+  p.block = std::max<int64_t>(channel_padding, p.block);
   const int64_t cut = std::max<int64_t>(1, s.n) * ceil_div(s.c, p.block);
   p.bands = cut >= items ? 1 : std::clamp<int64_t>(ceil_div(items, cut), 1, std::max<int64_t>(1, rows / (4 * s.kh)));
-  p.band = ceil_div(rows, p.bands);
+  p.band = std::max<int64_t>(1, ceil_div(rows, p.bands));
   p.bands = ceil_div(rows, p.band);
   return p;
 }

@@ -6,7 +6,7 @@
 namespace mnops {
 
 template <class T> int64_t block_of_pixels(int64_t bytes, int64_t channels, int64_t pixels, int mr) {
-  const int64_t mc = std::clamp<int64_t>(bytes / int64_t(sizeof(T)) / channels, mr, 192);
+  const int64_t mc = std::clamp<int64_t>(bytes / int64_t(sizeof(T)) / std::max<int64_t>(1, channels), mr, 192);
   return std::max<int64_t>(mr, std::min(mc, ceil_div(pixels, mr) * mr) / mr * mr);
 }
 
@@ -29,7 +29,7 @@ void matmul_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m,
   p.m = m, p.k = k, p.o = o;
   const int count = threads.worth(m * (k + o));
   const int64_t channels = window ? window->c : k;
-  const NormVectors<T> norm(pending, channels, k / channels);
+  const NormVectors<T> norm(pending, channels, channels ? k / channels : 1);
   const Buffer<T> packed = pack_matrix(kernels, threads, weight, o, k, true);
   p.x = x, p.out = y, p.packed = packed.get(), p.norm = norm.norm, p.measure = mean != nullptr;
   p.stream = worth_streaming(m * o * int64_t(sizeof(T)));
@@ -60,7 +60,7 @@ void matmul_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, i
   int count = threads.worth(m * (k + o));
   if (window) count = int(std::clamp<int64_t>(images, 1, count));
   const int64_t channels = window ? window->c : k;
-  const NormVectors<T> norm(pending, channels, k / channels);
+  const NormVectors<T> norm(pending, channels, channels ? k / channels : 1);
   const IncomingVectors<T> incoming(out, o, m);
   const Buffer<T> packed = dx ? pack_matrix(kernels, threads, weight, o, k, false) : Buffer<T>();
   p.x = x, p.out = dx, p.packed = packed.get(), p.norm = norm.norm, p.incoming = incoming.incoming;
