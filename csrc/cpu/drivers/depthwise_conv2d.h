@@ -24,7 +24,7 @@ template <class T> Depthwise<T> plan_depthwise(const DepthwiseShape& s, int thre
   block = std::max<int64_t>(channel_padding, std::min(block, padded(s.c)));
   p.block = padded(ceil_div(s.c, std::max<int64_t>(1, ceil_div(s.c, block))));  // blocks of one size
   p.block = std::max<int64_t>(channel_padding, p.block);
-  const int64_t cut = std::max<int64_t>(1, s.n) * ceil_div(s.c, p.block);
+  const int64_t cut = std::max<int64_t>(1, s.n * ceil_div(s.c, p.block));
   p.bands = cut >= items ? 1 : std::clamp<int64_t>(ceil_div(items, cut), 1, std::max<int64_t>(1, rows / (4 * s.kh)));
   p.band = std::max<int64_t>(1, ceil_div(rows, p.bands));
   p.bands = ceil_div(rows, p.band);
