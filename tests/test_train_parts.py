@@ -15,6 +15,7 @@ from torch import nn
 
 import mnops
 from mnops.train import TrainError, checkpoint, data, log, loop, optim, schedule
+from mnops.train.distributed import World
 
 CPU = torch.device("cpu")
 
@@ -296,3 +297,19 @@ def test_accumulation_gives_the_step_of_the_whole_batch(amp):
     torch.testing.assert_close(*results, **tolerance)
     assert losses[0] == pytest.approx(np.mean(losses[1:]), rel=1e-5 if amp == "off" else 1e-2)
     assert not torch.equal(results[0], start[1].weight)
+
+
+def test_the_average_of_weights_is_tensorflows():
+    """decay = min(limit, (1 + n) / (10 + n)), n the steps before; it starts as the weights."""
+    nets = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(4)]
+    digits = data.digits(data.Transform(8), data.Transform(8), 0)
+    s = Namespace(batch_size=64, epochs=1, optimizer="sgd", lr=0.1, momentum=0, weight_decay=0, amp="off",
+                  ema=0.15)
+    trainer = loop.Trainer(nets[0], digits, s, World(0, 1, CPU), None)
+    expected = None
+    for n, net in enumerate(nets):
+        trainer.step = n
+        trainer.ema.update_parameters(net)
+        own, decay = net[0].weight.detach(), min(0.15, (1 + n) / (10 + n))
+        expected = own if expected is None else decay * expected + (1 - decay) * own
+    torch.testing.assert_close(trainer.judged[0].weight.detach(), expected)

@@ -250,9 +250,11 @@ def refuses(capsys, message: str, *args) -> None:
     (["--dropout", "1"], "--dropout: must be a number of at least 0 and at most 0.999, got '1'"),
     (["--crop-scale", "0.9", "0.5"], r"must be LOW HIGH with LOW <= HIGH <= 1\.5625.* got 0\.9 0\.5"),
     (["--crop-scale", "0.9", "1.6"], r"must be LOW HIGH with LOW <= HIGH <= 1\.5625.* got 0\.9 1\.6"),
+    (["--crop-ratio", "2", "1"], "--crop-ratio: must be LOW HIGH with LOW <= HIGH, got 2 1"),
     (["--warmup-epochs", "9", "--epochs", "2"], "--warmup-epochs: must be at most --epochs = 2, got 9"),
     (["--batch-size", "2000"], "--batch-size: must be at most the number of training images = 1438, got"),
     (["--batch-size", "64", "--accumulate", "3"], r"--batch-size: must be a multiple of .* 1 x 3, got 64"),
+    (["--sync-bn", "--stock", "--device", "cpu"], "--sync-bn: with --stock needs a GPU"),
     (["--device", "gpu"], "--device gpu: "),
     (["--device", "cuda:77"], "--device cuda:77: "),
     (["--data", "/nowhere/at/all"], "--data /nowhere/at/all: there is no such directory"),
@@ -265,7 +267,6 @@ def test_bad_arguments(args, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def spoil_nothing(root): ...
 def spoil_empty_class(root): (root / "train" / "gray").mkdir()
 def spoil_empty_file(root): (root / "val" / "red" / "0.png").write_bytes(b"")
 def spoil_text(root): (root / "train" / "red" / "5.jpg").write_text("this is no picture")

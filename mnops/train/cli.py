@@ -13,8 +13,8 @@ from . import TrainError
 
 # One place for every setting: the paper's recipe, what TF-slim adds to it, and one for the built-in images.
 DEFAULTS: dict[str, Any] = dict(
-    data=None, val_fraction=0.1, size=224, crop_scale=[0.35, 1.0], flip=0.5, pad=0.0, crop=0.875,
-    workers=None, verify=None,
+    data=None, val_fraction=0.1, size=224, crop_scale=[0.35, 1.0], crop_ratio=[0.75, 1.3333], flip=0.5,
+    pad=0.0, crop=0.875, workers=None, verify=None,
     width=1.0, act="relu", padding="symmetric", bn_eps=1e-5, bn_momentum=0.1, dropout=0.0, stock=False,
     optimizer="rmsprop", lr=0.045, momentum=0.9, decay=0.9, eps=1.0, weight_decay=4e-5, epochs=100,
     batch_size=128, accumulate=1, schedule="cosine", warmup_epochs=0.0, decay_rate=0.94, decay_epochs=2.5,
@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "tf-slim": dict(act="relu6", padding="same", bn_eps=1e-3, bn_momentum=0.0003, dropout=0.001,
                     batch_size=64, schedule="exponential"),
-    "digits": dict(size=32, crop_scale=[0.75, 1.2], flip=0.0, pad=0.125, crop=1.0, width=0.5, epochs=30,
-                   batch_size=64, warmup_epochs=1.0, compare=12.0),
+    "digits": dict(size=64, crop_scale=[0.85, 1.1], crop_ratio=[0.9, 1.1], flip=0.0, pad=0.125, crop=1.0,
+                   width=0.5, epochs=25, batch_size=32, warmup_epochs=1.0, ema=0.99, compare=12.0),
 }
 MODEL = {"width", "act", "padding", "bn_eps"}  # what weights are made for
 RUN = {"data", "workers", "verify", "device", "out", "resume", "overwrite", "evaluate",
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", "input height and width", number(int, 1))
     add("--crop-scale", "area of the random crops, as shares of the image", positive, nargs=2,
         metavar=("LOW", "HIGH"))
+    add("--crop-ratio", "width over height of the random crops", positive, nargs=2, metavar=("LOW", "HIGH"))
     add("--flip", "share of mirrored images", share)
     add("--pad", "black border before the random crop, as a share of each side", share)
     add("--crop", "side of the central crop in tests, as a share of the shorter side",
@@ -142,11 +143,11 @@ def resolve(explicit: dict[str, Any], state: dict[str, Any] | None, path: Path) 
     s = Namespace(**{**DEFAULTS, **preset, **own})
     if s.workers is None:
         s.workers = min(8, os.cpu_count() or 1) if s.data else 0
-    low, high = s.crop_scale
-    padded = (1 + 2 * s.pad) ** 2
-    if not low <= high <= padded:
-        raise TrainError(f"--crop-scale: must be LOW HIGH with LOW <= HIGH <= {padded:g}, the area of the "
-                         f"padded image, got {low:g} {high:g}")
+    for name, (low, high), limit in [("--crop-scale", s.crop_scale, (1 + 2 * s.pad) ** 2),
+                                     ("--crop-ratio", s.crop_ratio, math.inf)]:
+        if not low <= high <= limit:
+            area = f" <= {limit:g}, the area of the padded image" if limit < math.inf else ""
+            raise TrainError(f"{name}: must be LOW HIGH with LOW <= HIGH{area}, got {low:g} {high:g}")
     if s.warmup_epochs > s.epochs:
         raise TrainError(f"--warmup-epochs: must be at most --epochs = {s.epochs}, got {s.warmup_epochs:g}")
     return s
@@ -159,7 +160,7 @@ def default_out(data: str | None) -> str:
 def load_data(s: Namespace):
     from .data import Transform, digits, image_folder
 
-    train = Transform(s.size, scale=tuple(s.crop_scale), flip=s.flip, pad=s.pad)
+    train = Transform(s.size, tuple(s.crop_scale), tuple(s.crop_ratio), flip=s.flip, pad=s.pad)
     test = Transform(s.size, crop=s.crop)
     if s.data is None:
         return digits(train, test, s.seed)
@@ -172,9 +173,12 @@ def build_model(s: Namespace, classes: int, device):
     import mnops
 
     torch.manual_seed(s.seed)
-    model = mnops.MobileNet(num_classes=classes, width_mult=s.width, act=s.act, bn_eps=s.bn_eps,
-                            bn_momentum=s.bn_momentum, dropout=s.dropout, padding=s.padding,
-                            fused=not s.stock)
+    try:
+        model = mnops.MobileNet(num_classes=classes, width_mult=s.width, act=s.act, bn_eps=s.bn_eps,
+                                bn_momentum=s.bn_momentum, dropout=s.dropout, padding=s.padding,
+                                fused=not s.stock)
+    except ValueError as e:  # the network knows its own limits
+        raise TrainError(str(e)) from e
     layout = torch.channels_last if s.channels_last else torch.contiguous_format
     return model.to(device=device, memory_format=layout)
 

@@ -114,7 +114,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
         self.ema = None
         if settings.ema:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+            self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
         self.step = 0
         self.best = -1.0
         self.seconds = 0.0
@@ -194,6 +194,11 @@ class Trainer:
         """The images and labels of the first step."""
         keys = StepSampler(len(self.data.train), self.settings.batch_size, self.settings.seed, 0, 1, 0, 1)
         return next(batches(self.data.train, keys, 0, self.world.device))
+
+    def _average(self, averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
+        """TensorFlow's moving average: the first steps, which were hardly trained, are forgotten faster."""
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(averaged, current, n)
 
     def _set_lr(self) -> float:
         s = self.settings
