@@ -34,7 +34,7 @@ MNOPS_INLINE void norm_backward_column(const Rows<T>& p, int64_t begin, int64_t 
   norm.add_to(sums.gp + c, sums.gpx + c, p.c - c);
 }
 
-constexpr int64_t rows_at_once = 64;  // sums stay in registers for this long, then go to double
+constexpr int64_t rows_at_once = 16;  // fp32 sums stay in registers for this long, then go to double
 
 template <class S, class T = typename Arithmetic<S>::type>
 void norm_act_backward(const Rows<T>& p, int64_t begin, int64_t end, NormSums sums) {
