@@ -26,7 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tf-slim": dict(act="relu6", padding="same", bn_eps=1e-3, bn_momentum=0.0003, dropout=0.001,
                     batch_size=64, schedule="exponential"),
     "digits": dict(size=64, crop_scale=[0.85, 1.1], crop_ratio=[0.9, 1.1], flip=0.0, pad=0.125, crop=1.0,
-                   width=0.5, epochs=25, batch_size=32, warmup_epochs=1.0, ema=0.99, compare=12.0),
+                   width=0.5, epochs=40, batch_size=32, warmup_epochs=1.0, weight_decay=5e-4, ema=0.99,
+                   compare=12.0),
 }
 MODEL = {"width", "act", "padding", "bn_eps"}  # what weights are made for
 RUN = {"data", "workers", "verify", "device", "out", "resume", "overwrite", "evaluate",
