@@ -180,7 +180,8 @@ def build_model(s: Namespace, classes: int, device):
                                 fused=not s.stock)
     except ValueError as e:  # the network knows its own limits
         raise TrainError(str(e)) from e
-    layout = torch.channels_last if s.channels_last else torch.contiguous_format
+    # The fused ops take weights as they are and give contiguous gradients.
+    layout = torch.channels_last if s.stock and s.channels_last else torch.contiguous_format
     return model.to(device=device, memory_format=layout)
 
 

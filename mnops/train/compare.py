@@ -19,7 +19,7 @@ def compare_steps(model: nn.Module, images: Tensor, labels: Tensor, settings: Na
     Stock runs in channels_last and in NCHW; the faster of the two counts."""
     def variant(fused: bool, channels_last: bool) -> Callable[[], float]:
         s = Namespace(**{**vars(settings), "channels_last": channels_last, "accumulate": 1, "lr": 0.0})
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        layout = torch.channels_last if channels_last and not fused else torch.contiguous_format
         own = copy.deepcopy(model).to(memory_format=layout).train()
         own.fused = fused
         optimizer = build_optimizer(s, own)
