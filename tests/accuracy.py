@@ -34,8 +34,8 @@ def assert_as_exact(
 ) -> None:
     """|ours - exact| <= 2 * |other - exact| + floor for every result of these functions of the inputs.
 
-    |.| is the root mean square over a tensor. The rule is put to the geometric mean, over several draws of the
-    inputs, of error / allowed error: by luck either of two equally good roundings may be off by more than
+    |.| is the root mean square over a tensor. The rule is put to the geometric mean, over several draws of
+    the inputs, of error / allowed error: by luck either of two equally good roundings may be off by more than
     twice the other's error, in a single sum, or where a value falls on the other side of ReLU's kink.
 
     exact is evaluated in fp64. The floor is what one rounding of the inputs does to the exact result, and one

@@ -163,38 +163,42 @@ def test_as_exact_as_stock(device, case, dtype):
     assert_as_exact(ours, stock, stock, draws, f"{case} {dtype}")
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.label in ("plain", "nchw", "7x7", "odd sizes")], ids=str
-)
-def test_mean_of_1000_deviations_keeps_the_variance(device, case):
+LABELS = ("plain", "nchw", "7x7", "odd sizes")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.label in LABELS], ids=str)
+def test_variance_at_a_mean_of_1000_deviations(device, case):
     weight = case.weight(torch.float32, device)
     weight = weight.abs() / weight.abs().sum((1, 2, 3), keepdim=True)  # an average: mean 1000 stays 1000
-    x = case.x(torch.float32, device)
-    x = (torch.randn_like(x) + 1000).requires_grad_()
-    case = Case("shifted", case.op, case.shape, case.out, case.kernel, 1, 0, 1, case.layout, "none")
+    x = torch.randn_like(case.x(torch.float32, device)) + 1000
+    case = Case("shifted", case.op, case.shape, case.out, case.kernel, padding=0, layout=case.layout)
     y, mean, var = case.conv(x, weight)
-    exact_var, exact_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
-    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        var.double(), exact_var, rtol=1e-4, atol=0
-    )  # sum(y^2) - mean^2 would be off by 0.1
+    var_of_y, mean_of_y = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), mean_of_y, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), var_of_y, rtol=1e-4, atol=0)  # mean(y^2) - mean^2: off by 0.1
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+def test_batch_norm_at_a_mean_of_1000_deviations(device, layout):
+    def ours(x, gamma, beta):  # the statistics by a convolution that is the identity
+        identity = torch.eye(x.shape[1]).to(x)[:, :, None, None]
+        y, mean, var = ops.pointwise_conv2d(x, identity, measure=True)
+        return ops.norm_act(Pending(y, mean, var, gamma, beta, 1e-5, "silu"))
+
+    def stock(x, gamma, beta):
+        return F.silu(F.batch_norm(x, None, None, gamma, beta, training=True))
 
     def run(norm, *tensors):
         *leaves, g = (t.clone().requires_grad_() for t in tensors)
         z = norm(*leaves)
-        return dict(zip(("z", "dy", "dgamma", "dbeta"), (z, *torch.autograd.grad(z, leaves, g))))
+        return dict(zip(("z", "dx", "dgamma", "dbeta"), (z, *torch.autograd.grad(z, leaves, g))))
 
-    def ours(t, gamma, beta):  # the statistics by a convolution that is the identity
-        identity = torch.eye(t.shape[1], device=device)[:, :, None, None]
-        t, mean, var = ops.pointwise_conv2d(t, identity, measure=True)
-        return ops.norm_act(Pending(t, mean, var, gamma, beta, 1e-5, "relu"))
+    def draw_shifted():
+        x = torch.randn_like(Case("", "", (4, 16, 9, 11), layout=layout).x(torch.float32, device)) + 1000
+        return x, *(t.to(device) for t in (torch.rand(16) + 0.5, torch.randn(16), torch.randn(x.shape)))
 
-    def stock(t, gamma, beta):
-        return F.relu(F.batch_norm(t, None, None, gamma, beta, training=True))
-
-    inputs = [y.detach(), torch.rand(len(mean)) + 0.5, torch.randn(len(mean)), torch.randn(y.shape)]
     runs = (functools.partial(run, norm) for norm in (ours, stock, stock))
-    assert_as_exact(*runs, [[t.to(device) for t in inputs]], case)
+    assert_as_exact(*runs, [draw_shifted() for _ in enough(16)], "mean 1000")
 
 
 def norm_and_gradients(op, act, *tensors):
