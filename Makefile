@@ -1,5 +1,6 @@
 # make train    environment, build, then MobileNet on the built-in images; ARGS="--data DIR ..." for your own
 # make test     environment, build, then the tests; ARGS="-k depthwise" for some
+# make test-arm    cross-compiles for aarch64 and tests that under emulation (x86-64 Debian; root for apt, the first time)
 # make lint     what CI of a pull request would complain about;  make format mends what a tool can mend
 # make bench-guard    has anything become slower than the committed rows say?
 # make clean    removes the environment and what was built
@@ -18,13 +19,16 @@ BUILD := $(VENV)/build-$(TORCH).stamp
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 
-.PHONY: train test bench-guard build lint format clean
+.PHONY: train test test-arm bench-guard build lint format clean
 
 train: build
 	$(BIN)/python -m mnops train --overwrite $(ARGS)
 
 test: build
 	$(BIN)/python -m pytest -q -rs tests $(ARGS)
+
+test-arm:
+	tools/arm/test.sh $(ARGS)
 
 bench-guard: build
 	$(PIP) install $(PIP_ARGS) -r requirements-bench.txt

@@ -79,9 +79,10 @@ MNOPS_INLINE void merge_moments(Moments into, int64_t c, double count, double pi
 
 // Adds the lanes of a vector to doubles: long sums are kept in double, short ones (a row, a block) in registers.
 template <class V> MNOPS_INLINE void accumulate(double* into, V v, int64_t left) {
+  if (left >= V::N) return v.add_to(into);
   typename V::T lane[V::N];
   v.store(lane);
-  for (int i = 0; i < V::N && i < left; i++) into[i] += double(lane[i]);
+  for (int i = 0; i < left; i++) into[i] += double(lane[i]);
 }
 
 // How a run of vectors is stored: some of the lanes, all of them, or all of them past the caches. A loop is compiled for
@@ -126,19 +127,22 @@ template <class S, class V> MNOPS_INLINE V rounded(V v) {
 template <Act act, class V, class S, class T>
 MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_t c, const T* mean, const T* scale,
                             const T* shift, T* z, int64_t z_stride) {
-  constexpr int U = V::N >= 8 ? 16 / V::N : 2;
+  constexpr int U = V::N >= 4 ? 16 / V::N : 2;
   for (int64_t i = 0; i < c; i += U * V::N)
     with_lanes(c - i >= U * V::N, [&](auto lanes) {
       const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);
       V m[U], s[U], h[U];
       for (int u = 0; u < used; u++)
         m[u] = V::load(mean + i + u * V::N), s[u] = V::load(scale + i + u * V::N), h[u] = V::load(shift + i + u * V::N);
-      for (int64_t j = 0; j < pixels; j++)
-#pragma GCC unroll 2
-        for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++) {
-          const V v = load_lanes<lanes.value, V>(x + j * x_stride + i + u * V::N, c - i - u * V::N);
-          activate<act>(fma(v - m[u], s[u], h[u])).store(z + j * z_stride + i + u * V::N);
-        }
+      for (int64_t j = 0; j < pixels; j++) {
+        V v[U];  // all loads before the first store: they may then be paired
+#pragma GCC unroll 4
+        for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++)
+          v[u] = load_lanes<lanes.value, V>(x + j * x_stride + i + u * V::N, c - i - u * V::N);
+#pragma GCC unroll 4
+        for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++)
+          activate<act>(fma(v[u] - m[u], s[u], h[u])).store(z + j * z_stride + i + u * V::N);
+      }
     });
 }
 
@@ -146,7 +150,7 @@ MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_
 template <bool measured, class V, class S, class T>
 MNOPS_INLINE void correct(const S* g, const S* y, int64_t stride, int64_t pixels, int64_t c, const T* offset, const T* slope,
                           const T* mean, T* gy, int64_t gy_stride) {
-  constexpr int U = V::N >= 8 ? 16 / V::N : 2;
+  constexpr int U = V::N >= 4 ? 16 / V::N : 2;
   for (int64_t i = 0; i < c; i += U * V::N)
     with_lanes(c - i >= U * V::N, [&](auto lanes) {
       const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);

@@ -1,6 +1,7 @@
 // Fills the table of the instruction set whose vector type was included before this file.
 #pragma once
 #include "cpu/kernels/depthwise_conv2d.h"
+#include "cpu/kernels/depthwise_conv2d_direct.h"
 #include "cpu/kernels/norm_act.h"
 #include "cpu/kernels/pointwise_conv2d.h"
 #include "cpu/kernels/table.h"
@@ -8,12 +9,19 @@
 namespace mnops {
 namespace {
 
+template <class S> constexpr auto depthwise_forward_of_tile() {
+  if constexpr (Tile::direct) return depthwise_direct<S>; else return depthwise_forward<S>;
+}
+template <class S> constexpr auto depthwise_scratch_of_tile() {
+  if constexpr (Tile::direct) return depthwise_direct_scratch<S>; else return depthwise_forward_scratch<S>;
+}
+
 template <class S, class T = typename Arithmetic<S>::type> constexpr Kernels<T> kernels() {
   using V = typename Vec<T>::type;
   static_assert(channel_quantum % V::N == 0, "padded channel vectors hold whole vectors");
   static_assert(channel_quantum % Shape<V>::nr == 0, "and whole panels of the matrix product");
   return {V::N, Shape<V>::mr, Shape<V>::nr,
-          depthwise_forward_scratch<S>, depthwise_forward<S>, depthwise_backward_scratch<S>, depthwise_backward<S>,
+          depthwise_scratch_of_tile<S>(), depthwise_forward_of_tile<S>(), depthwise_backward_scratch<S>, depthwise_backward<S>,
           pack_columns<T>, pack_rows<T>, matmul_forward_scratch<T>, matmul_backward_scratch<T>,
           pointwise_forward<S>, pointwise_backward<S>, stem_forward<S>, stem_backward<S>,
           norm_act_forward<S>, norm_act_backward<S>, norm_act_pool_forward<S>, norm_act_pool_backward<S>};

@@ -50,6 +50,10 @@ struct F32x8 {
     for (int i = 0; i < N && i < n; i++) p[i] = tmp[i];
   }
   void stream(float* p) const { _mm256_stream_ps(p, v); }
+  void add_to(double* p) const {
+    _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), _mm256_cvtps_pd(_mm256_castps256_ps128(v))));
+    _mm256_storeu_pd(p + 4, _mm256_add_pd(_mm256_loadu_pd(p + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
+  }
 
   friend F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -107,6 +111,7 @@ struct F64x4 {
   static F64x4 load(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   void stream(double* p) const { _mm256_stream_pd(p, v); }
+  void add_to(double* p) const { _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), v)); }
   static F64x4 load(const double* p, int n) {
     double tmp[N] = {};
     for (int i = 0; i < N && i < n; i++) tmp[i] = p[i];
@@ -145,7 +150,9 @@ template <class T> struct Vec { using type = F32x8; };
 template <> struct Vec<double> { using type = F64x4; };
 
 struct Tile {
-  static constexpr int mr = 6, nv = 2, tx = 4;
+  static constexpr int mr = 6, nv = 2, ty = 1, tx = 4;
+  static constexpr bool by_element = false;
+  static constexpr bool direct = false;  // 16 registers do not hold a tile and its statistics
   static constexpr const char* reason =
       "6 x 2 vectors: 12 accumulators + 2 panel vectors + 1 broadcast of 16 registers; "
       "depthwise row of 4 pixels: 4 accumulators + 9 weights + 1 load";

@@ -36,11 +36,22 @@ struct F32x4 {
     for (int i = 0; i < n; i++) p[i] = tmp[i];
   }
 
+  void add_to(double* p) const {
+    vst1q_f64(p, vaddq_f64(vld1q_f64(p), vcvt_f64_f32(vget_low_f32(v))));
+    vst1q_f64(p + 2, vaddq_f64(vld1q_f64(p + 2), vcvt_high_f64_f32(v)));
+  }
+
   friend F32x4 operator+(F32x4 a, F32x4 b) { return {vaddq_f32(a.v, b.v)}; }
   friend F32x4 operator-(F32x4 a, F32x4 b) { return {vsubq_f32(a.v, b.v)}; }
   friend F32x4 operator*(F32x4 a, F32x4 b) { return {vmulq_f32(a.v, b.v)}; }
   friend F32x4 operator/(F32x4 a, F32x4 b) { return {vdivq_f32(a.v, b.v)}; }
   friend F32x4 fma(F32x4 a, F32x4 b, F32x4 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+  friend F32x4 fma_element(F32x4 a, int i, F32x4 b, F32x4 c) {  // c + a[i] * b; i is a constant once inlined
+    return {i == 0   ? vfmaq_laneq_f32(c.v, b.v, a.v, 0)
+            : i == 1 ? vfmaq_laneq_f32(c.v, b.v, a.v, 1)
+            : i == 2 ? vfmaq_laneq_f32(c.v, b.v, a.v, 2)
+                     : vfmaq_laneq_f32(c.v, b.v, a.v, 3)};
+  }
   friend F32x4 max(F32x4 a, F32x4 b) { return {vmaxq_f32(a.v, b.v)}; }  // NaN if either is
   friend F32x4 min(F32x4 a, F32x4 b) { return {vminq_f32(a.v, b.v)}; }
   friend F32x4 where_gt(F32x4 a, F32x4 b, F32x4 x, F32x4 y) { return {vbslq_f32(vcgtq_f32(a.v, b.v), x.v, y.v)}; }
@@ -95,11 +106,15 @@ struct F64x2 {
     if (n > 1) store(p);
     else if (n > 0) *p = vgetq_lane_f64(v, 0);
   }
+  void add_to(double* p) const { vst1q_f64(p, vaddq_f64(vld1q_f64(p), v)); }
   friend F64x2 operator+(F64x2 a, F64x2 b) { return {vaddq_f64(a.v, b.v)}; }
   friend F64x2 operator-(F64x2 a, F64x2 b) { return {vsubq_f64(a.v, b.v)}; }
   friend F64x2 operator*(F64x2 a, F64x2 b) { return {vmulq_f64(a.v, b.v)}; }
   friend F64x2 operator/(F64x2 a, F64x2 b) { return {vdivq_f64(a.v, b.v)}; }
   friend F64x2 fma(F64x2 a, F64x2 b, F64x2 c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+  friend F64x2 fma_element(F64x2 a, int i, F64x2 b, F64x2 c) {
+    return {i == 0 ? vfmaq_laneq_f64(c.v, b.v, a.v, 0) : vfmaq_laneq_f64(c.v, b.v, a.v, 1)};
+  }
   friend F64x2 max(F64x2 a, F64x2 b) { return {vmaxq_f64(a.v, b.v)}; }
   friend F64x2 min(F64x2 a, F64x2 b) { return {vminq_f64(a.v, b.v)}; }
   friend F64x2 where_gt(F64x2 a, F64x2 b, F64x2 x, F64x2 y) { return {vbslq_f64(vcgtq_f64(a.v, b.v), x.v, y.v)}; }
@@ -120,10 +135,11 @@ template <class T> struct Vec { using type = F32x4; };
 template <> struct Vec<double> { using type = F64x2; };
 
 struct Tile {
-  static constexpr int mr = 8, nv = 2, tx = 8;
+  static constexpr int mr = 8, nv = 2, ty = 2, tx = 7;
+  static constexpr bool direct = true, by_element = true;
   static constexpr const char* reason =
-      "8 x 2 vectors: 16 accumulators + 8 rows of four k + 2 panel vectors of 32 registers; "
-      "depthwise row of 8 pixels: 8 accumulators + 9 weights + loads";
+      "8 x 2 vectors: 16 accumulators + 8 rows of four k + 2 panel vectors of 32 registers; depthwise 2 x 7 pixels: "
+      "14 accumulators + 9 weights + 3 of statistics + loads, and MobileNet's widths at 224 are multiples of 7";
 };
 
 }  // namespace

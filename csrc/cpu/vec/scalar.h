@@ -60,6 +60,7 @@ template <class Scalar> struct Lane {
   template <class S> static Lane load(const S* p, int n) { return {n > 0 ? load1(p) : T(0)}; }
   template <class S> void store(S* p) const { store1(p, v); }
   template <class S> void store(S* p, int n) const { if (n > 0) store1(p, v); }
+  void add_to(double* p) const { *p += double(v); }
   friend Lane operator+(Lane a, Lane b) { return {a.v + b.v}; }
   friend Lane operator-(Lane a, Lane b) { return {a.v - b.v}; }
   friend Lane operator*(Lane a, Lane b) { return {a.v * b.v}; }
@@ -77,7 +78,9 @@ inline void finish_streams() {}
 template <class T> struct Vec { using type = Lane<T>; };
 
 struct Tile {  // of the matrix product, and of the depthwise row
-  static constexpr int mr = 4, nv = 4, tx = 1;
+  static constexpr int mr = 4, nv = 4, ty = 1, tx = 1;
+  static constexpr bool by_element = false;
+  static constexpr bool direct = false;  // 16 registers do not hold a tile and its statistics
   static constexpr const char* reason = "a scalar register each; 4 x 4 keeps the loop overhead small";
 };
 

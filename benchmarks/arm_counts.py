@@ -1,0 +1,215 @@
+"""What NEON code costs, without an ARM machine: counts, not times.
+
+    python benchmarks/arm_counts.py instructions     # dynamic instructions under the emulator, mnops and stock torch
+    python benchmarks/arm_counts.py loops            # loads per FMA and llvm-mca cycles of the inner loops
+
+instructions: every MobileNet-1.0-224 depthwise layer and the whole network, on one thread of an emulated cortex-a76, each
+call made twice and the second one counted by tools/arm/count.c. The counts repeat; they say nothing about caches.
+loops: the hottest loop of each kernel, found in the disassembly of isa/neon.cpp; llvm-mca-19 gives its cycles and the limit
+that the busiest port sets.
+
+Needs what tools/arm/build.sh needs, gcc, and llvm-19 for `loops`. Rows go to benchmarks/results/arm-*.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "arm"
+RESULTS = ROOT / "benchmarks" / "results"
+# channels, height = width, stride of the depthwise layers
+LAYERS = ((32, 112, 1), (64, 112, 2), (128, 56, 1), (128, 56, 2), (256, 28, 1), (256, 28, 2), (512, 14, 1), (512, 14, 2), (1024, 7, 1))
+CPUS = ("cortex-a76", "neoverse-n1", "neoverse-v1")
+
+
+# ---------------------------------------------------------------- inside the emulator
+
+
+def guest(batch: int, only: str) -> None:
+    """Runs every case between two marks, after naming it on stderr, where the counts go too."""
+    import ctypes
+
+    import torch
+    from torch import nn
+
+    import mnops
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    mark = ctypes.CDLL(str(BUILD / "libmark.so"))
+
+    def count(name: str, outputs: int, call: Callable[[], object]) -> None:
+        if not re.search(only, name):
+            return
+        call()
+        print(f"case {name},{outputs}", file=sys.stderr, flush=True)
+        mark.mark_begin()
+        call()
+        mark.mark_end()
+
+    def passes(case: str, contender: str, net: nn.Module, x: torch.Tensor, outputs: int) -> None:
+        g = torch.randn_like(net(x))
+        with torch.no_grad():
+            count(f"{case},infer,{contender}", outputs, lambda: net.eval()(x))
+            count(f"{case},forward,{contender}", outputs, lambda: net.train()(x))
+        x = x.clone().requires_grad_(True)
+        count(f"{case},forward+backward,{contender}", outputs, lambda: net.train()(x).backward(g))
+
+    formats = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
+    for c, h, s in LAYERS:
+        conv = nn.Conv2d(c, c, 3, s, 1, groups=c, bias=False)
+        case, outputs = f"depthwise {c}x{h}x{h} stride {s}", batch * c * (h // s) ** 2
+        for layout, fmt in formats.items():
+            x = torch.randn(batch, c, h, h).contiguous(memory_format=fmt)
+            stock = nn.Sequential(conv, nn.BatchNorm2d(c), nn.ReLU()).to(memory_format=fmt)
+            if re.search(only, f"{case},torch"):
+                passes(case, f"torch {layout}", stock, x, outputs)
+            if fmt == torch.channels_last:
+                passes(case, f"mnops {layout}", mnops.nn.DepthwiseConvBNAct(c, 3, s), x, outputs)
+                # As inside a network: the norm of the input is pending, that of the output is left to the next op.
+                vectors = [torch.rand(c) + 0.5 for _ in range(4)]
+                chained = mnops.Pending(x, *vectors, 1e-5, "relu")
+                with torch.no_grad():
+                    for name, measure in (("infer", False), ("forward", True)):
+                        count(f"{case},{name},mnops chained", outputs,
+                              lambda: mnops.ops.depthwise_conv2d(chained, conv.weight, s, 1, 1, measure))  # noqa: B023
+    net = mnops.MobileNet()
+    for fused in (True, False):
+        net.fused = fused
+        for layout, fmt in formats.items():
+            if fused and layout == "NCHW":
+                continue
+            x = torch.randn(1, 3, 224, 224).contiguous(memory_format=fmt)
+            name = f"{'mnops' if fused else 'torch'} {layout}"
+            if re.search(only, f"mobilenet-1.0-224,{name}"):
+                passes("mobilenet-1.0-224", name, net.to(memory_format=fmt), x, 1)
+
+
+# ---------------------------------------------------------------- on the host
+
+
+def instructions(arguments: argparse.Namespace) -> None:
+    cache = subprocess.check_output([ROOT / "tools/arm/environment.sh"], text=True).strip()
+    plugin, mark = BUILD / "libcount.so", BUILD / "libmark.so"
+    subprocess.check_call(["gcc", "-O2", "-fPIC", "-shared", ROOT / "tools/arm/count.c", "-o", plugin])
+    source = b'void mark_begin(void) { __asm("hint #0x6e"); }\nvoid mark_end(void) { __asm("hint #0x6f"); }\n'
+    subprocess.run(["aarch64-linux-gnu-gcc", "-O2", "-fPIC", "-shared", "-xc", "-", "-o", mark], input=source, check=True)
+    env = os.environ | {"ARM_CPU": "cortex-a76", "QEMU_ARGS": f"-plugin {plugin} -d plugin", "PYTHONSAFEPATH": "1",
+                        "PYTHONPATH": str(BUILD / "package")}  # fmt: skip
+    command = [f"{cache}/python", __file__, "guest", "--batch", str(arguments.batch), "--only", arguments.only]
+    run = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    rows, name = [], ""
+    for line in run.stderr:
+        if line.startswith("case "):
+            name = line[5:].strip()
+        elif line.startswith("counted "):
+            counted = {k: int(v) for k, v in (pair.split("=") for pair in line.split()[1:])}
+            case, phase, contender, outputs = name.split(",")
+            total = sum(counted.values())
+            rows.append({"case": case, "batch": arguments.batch if "x" in case else 1, "pass": phase, "contender": contender,
+                         "outputs": int(outputs), "instructions": total, "per_output": round(total / int(outputs), 2),
+                         "fma": counted["fma"], "vector_loads": counted["vector_load"]})  # fmt: skip
+            print(*rows[-1].values(), flush=True)
+    if run.wait():
+        raise SystemExit(f"the emulated run ended with {run.returncode}")
+    write("arm-instructions.csv", rows, arguments.only != "")
+
+
+def write(name: str, rows: list[dict], partial: bool) -> None:
+    """All rows, or these in place of those of the same case, pass and contender."""
+    path = RESULTS / name
+    path.parent.mkdir(exist_ok=True)
+    if partial and path.exists():
+        keys = {tuple(r.values())[:4] for r in rows}
+        with path.open(newline="") as file:
+            kept = [r for r in csv.DictReader(file) if tuple(type(v)(r[k]) for k, v in list(rows[0].items())[:4]) not in keys]
+        rows = kept + rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# The functions whose hottest loop is shown: what it is, outputs (or terms) of one pass of it in vectors.
+LOOPS = (
+    ("depthwise forward 3x3 stride 1, measured", r"direct_convolve<.*F32x4, 3, 1, 2, true, float"),
+    ("depthwise forward 3x3 stride 1", r"direct_convolve<.*F32x4, 3, 1, 2, false, float"),
+    ("depthwise forward 3x3 stride 2, measured", r"direct_convolve<.*F32x4, 3, 2, 2, true, float"),
+    ("depthwise backward 3x3 stride 1", r"gradient_row<.*F32x4, float, 3, 1, 0, float"),
+    ("depthwise backward 3x3 stride 2, even rows", r"gradient_row<.*F32x4, float, 3, 2, 0, float"),
+    ("pointwise product", r"multiply_block<.*F32x4"),
+    ("pointwise weight gradient", r"weight_gradient<.*F32x4"),
+)
+
+
+def inner_loops(listing: str) -> Iterator[tuple[str, list[str]]]:
+    """(function, instructions) of every loop that holds no other: a backward branch with none inside."""
+    name, body = "", []
+    for line in [*listing.splitlines(), "0000000000000000 <end>:"]:
+        if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            address = {a: i for i, (a, _) in enumerate(body)}
+            spans = []
+            for i, (_, text) in enumerate(body):
+                target = re.match(r"(?:b\.\w+|b|cbnz|cbz|tbnz|tbz)\s.*?([0-9a-f]+) <", text)
+                if target and address.get(int(target[1], 16), i + 1) <= i:
+                    spans.append((address[int(target[1], 16)], i))
+            for a, b in spans:
+                if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans):
+                    yield name, [text for _, text in body[a : b + 1]]
+            name, body = head[1], []
+        elif code := re.match(r"\s*([0-9a-f]+):\t(.*)$", line):
+            body.append((int(code[1], 16), code[2].strip()))
+
+
+def loops(arguments: argparse.Namespace) -> None:
+    compiled = next(ROOT.glob("build/cmake-linux-aarch64-*/**/neon.cpp.o"))
+    listing = subprocess.check_output(["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", compiled], text=True)
+    found = list(inner_loops(listing))
+    is_fma = re.compile(r"f?mla\s|fmul\s+v|bfdot\s")
+    rows = []
+    for what, pattern in LOOPS:
+        candidates = [body for name, body in found if re.search(pattern, name)]
+        if not candidates:
+            print(f"{what}: no loop matches {pattern}", file=sys.stderr)
+            continue
+        body = max(candidates, key=lambda b: sum(bool(is_fma.match(i)) for i in b))
+        fma = sum(bool(is_fma.match(i)) for i in body)
+        loads = sum((2 if i.startswith("ldp") else 1) for i in body if re.match(r"ldu?[rp]\s+q|ld1", i))
+        for cpu in CPUS:
+            # a branch target means nothing to the simulator; the label stands for it
+            source = "\n".join(re.sub(r"\s[0-9a-f]+ <.*", " 0", re.sub(r"\s*//.*", "", i)) for i in body)
+            report = subprocess.run(["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-iterations=200", "-"], input=source,
+                                    capture_output=True, text=True, check=True).stdout  # fmt: skip
+            cycles = int(re.search(r"Total Cycles:\s+(\d+)", report)[1]) / 200
+            pressure = re.search(r"Resource pressure per iteration:\n.*\n(.*)\n", report)[1]
+            port = max(float(p) for p in pressure.split() if p != "-")
+            rows.append({"loop": what, "cpu": cpu, "instructions": len(body), "fma": fma, "vector_loads": loads,
+                         "loads_per_fma": round(loads / fma, 3), "cycles": round(cycles, 1), "port_limit": port,
+                         "dispatch_limit": float(re.search(r"Block RThroughput:\s+([\d.]+)", report)[1]),
+                         "over_port_limit": round(cycles / port, 2), "cycles_per_fma": round(cycles / fma, 3)})  # fmt: skip
+            print(*rows[-1].values(), flush=True)
+    write("arm-loops.csv", rows, False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["instructions", "loops", "guest"])
+    parser.add_argument("--batch", type=int, default=1, help="images of a depthwise layer (the network has one)")
+    parser.add_argument("--only", default="", help="a regular expression on 'case,pass,contender'; keeps the other rows")
+    arguments = parser.parse_args()
+    if arguments.what == "guest":
+        guest(arguments.batch, arguments.only)
+    else:
+        {"instructions": instructions, "loops": loops}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()
