@@ -1,12 +1,13 @@
 """What NEON code costs, without an ARM machine: counts, not times.
 
-    python benchmarks/arm_counts.py instructions     # dynamic instructions under the emulator, mnops and stock torch
+    python benchmarks/arm_counts.py instructions     # dynamic instructions, mnops and stock torch
     python benchmarks/arm_counts.py loops            # loads per FMA and llvm-mca cycles of the inner loops
 
-instructions: every MobileNet-1.0-224 depthwise layer and the whole network, on one thread of an emulated cortex-a76, each
-call made twice and the second one counted by tools/arm/count.c. The counts repeat; they say nothing about caches.
-loops: the hottest loop of each kernel, found in the disassembly of isa/neon.cpp; llvm-mca-19 gives its cycles and the limit
-that the busiest port sets.
+instructions: every MobileNet-1.0-224 depthwise layer and the whole network, on one thread of an emulated
+cortex-a76, each call made twice and the second one counted by tools/arm/count.c. The counts repeat; they say
+nothing about caches.
+loops: the hottest loop of each kernel, found in the disassembly of isa/neon.cpp; llvm-mca-19 gives its cycles
+and the limit that the busiest port sets.
 
 Needs what tools/arm/build.sh needs, gcc, and llvm-19 for `loops`. Rows go to benchmarks/results/arm-*.csv.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import re
 import subprocess
@@ -26,7 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "arm"
 RESULTS = ROOT / "benchmarks" / "results"
 # channels, height = width, stride of the depthwise layers
-LAYERS = ((32, 112, 1), (64, 112, 2), (128, 56, 1), (128, 56, 2), (256, 28, 1), (256, 28, 2), (512, 14, 1), (512, 14, 2), (1024, 7, 1))
+LAYERS = (
+    (32, 112, 1),
+    (64, 112, 2),
+    (128, 56, 1),
+    (128, 56, 2),
+    (256, 28, 1),
+    (256, 28, 2),
+    (512, 14, 1),
+    (512, 14, 2),
+    (1024, 7, 1),
+)
 CPUS = ("cortex-a76", "neoverse-n1", "neoverse-v1")
 
 
@@ -74,13 +86,13 @@ def guest(batch: int, only: str) -> None:
                 passes(case, f"torch {layout}", stock, x, outputs)
             if fmt == torch.channels_last:
                 passes(case, f"mnops {layout}", mnops.nn.DepthwiseConvBNAct(c, 3, s), x, outputs)
-                # As inside a network: the norm of the input is pending, that of the output is left to the next op.
+                # As in a network: the norm of the input is pending, that of the output left to the next op.
                 vectors = [torch.rand(c) + 0.5 for _ in range(4)]
-                chained = mnops.Pending(x, *vectors, 1e-5, "relu")
+                arguments = mnops.Pending(x, *vectors, 1e-5, "relu"), conv.weight, s, 1, 1
+                chained = functools.partial(mnops.ops.depthwise_conv2d, *arguments)
                 with torch.no_grad():
-                    for name, measure in (("infer", False), ("forward", True)):
-                        count(f"{case},{name},mnops chained", outputs,
-                              lambda: mnops.ops.depthwise_conv2d(chained, conv.weight, s, 1, 1, measure))  # noqa: B023
+                    count(f"{case},infer,mnops chained", outputs, functools.partial(chained, False))
+                    count(f"{case},forward,mnops chained", outputs, functools.partial(chained, True))
     net = mnops.MobileNet()
     for fused in (True, False):
         net.fused = fused
@@ -101,10 +113,20 @@ def instructions(arguments: argparse.Namespace) -> None:
     plugin, mark = BUILD / "libcount.so", BUILD / "libmark.so"
     subprocess.check_call(["gcc", "-O2", "-fPIC", "-shared", ROOT / "tools/arm/count.c", "-o", plugin])
     source = b'void mark_begin(void) { __asm("hint #0x6e"); }\nvoid mark_end(void) { __asm("hint #0x6f"); }\n'
-    subprocess.run(["aarch64-linux-gnu-gcc", "-O2", "-fPIC", "-shared", "-xc", "-", "-o", mark], input=source, check=True)
-    env = os.environ | {"ARM_CPU": "cortex-a76", "QEMU_ARGS": f"-plugin {plugin} -d plugin", "PYTHONSAFEPATH": "1",
-                        "PYTHONPATH": str(BUILD / "package")}  # fmt: skip
-    command = [f"{cache}/python", __file__, "guest", "--batch", str(arguments.batch), "--only", arguments.only]
+    subprocess.run(
+        ["aarch64-linux-gnu-gcc", "-O2", "-fPIC", "-shared", "-xc", "-", "-o", mark], input=source, check=True
+    )
+    env = os.environ | {"ARM_CPU": "cortex-a76", "QEMU_ARGS": f"-plugin {plugin} -d plugin"}
+    env |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(BUILD / "package")}
+    command = [
+        f"{cache}/python",
+        __file__,
+        "guest",
+        "--batch",
+        str(arguments.batch),
+        "--only",
+        arguments.only,
+    ]
     run = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     rows, name = [], ""
     for line in run.stderr:
@@ -114,9 +136,19 @@ def instructions(arguments: argparse.Namespace) -> None:
             counted = {k: int(v) for k, v in (pair.split("=") for pair in line.split()[1:])}
             case, phase, contender, outputs = name.split(",")
             total = sum(counted.values())
-            rows.append({"case": case, "batch": arguments.batch if "x" in case else 1, "pass": phase, "contender": contender,
-                         "outputs": int(outputs), "instructions": total, "per_output": round(total / int(outputs), 2),
-                         "fma": counted["fma"], "vector_loads": counted["vector_load"]})  # fmt: skip
+            rows.append(
+                {
+                    "case": case,
+                    "batch": arguments.batch if "x" in case else 1,
+                    "pass": phase,
+                    "contender": contender,
+                    "outputs": int(outputs),
+                    "instructions": total,
+                    "per_output": round(total / int(outputs), 2),
+                    "fma": counted["fma"],
+                    "vector_loads": counted["vector_load"],
+                }
+            )
             print(*rows[-1].values(), flush=True)
     if run.wait():
         raise SystemExit(f"the emulated run ended with {run.returncode}")
@@ -130,7 +162,11 @@ def write(name: str, rows: list[dict], partial: bool) -> None:
     if partial and path.exists():
         keys = {tuple(r.values())[:4] for r in rows}
         with path.open(newline="") as file:
-            kept = [r for r in csv.DictReader(file) if tuple(type(v)(r[k]) for k, v in list(rows[0].items())[:4]) not in keys]
+            kept = [
+                r
+                for r in csv.DictReader(file)
+                if tuple(type(v)(r[k]) for k, v in list(rows[0].items())[:4]) not in keys
+            ]
         rows = kept + rows
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -171,7 +207,9 @@ def inner_loops(listing: str) -> Iterator[tuple[str, list[str]]]:
 
 def loops(arguments: argparse.Namespace) -> None:
     compiled = next(ROOT.glob("build/cmake-linux-aarch64-*/**/neon.cpp.o"))
-    listing = subprocess.check_output(["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", compiled], text=True)
+    listing = subprocess.check_output(
+        ["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", compiled], text=True
+    )
     found = list(inner_loops(listing))
     is_fma = re.compile(r"f?mla\s|fmul\s+v|bfdot\s")
     rows = []
@@ -186,24 +224,39 @@ def loops(arguments: argparse.Namespace) -> None:
         for cpu in CPUS:
             # a branch target means nothing to the simulator; the label stands for it
             source = "\n".join(re.sub(r"\s[0-9a-f]+ <.*", " 0", re.sub(r"\s*//.*", "", i)) for i in body)
-            report = subprocess.run(["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-iterations=200", "-"], input=source,
-                                    capture_output=True, text=True, check=True).stdout  # fmt: skip
+            mca = ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-iterations=200", "-"]
+            report = subprocess.run(mca, input=source, capture_output=True, text=True, check=True).stdout
             cycles = int(re.search(r"Total Cycles:\s+(\d+)", report)[1]) / 200
             pressure = re.search(r"Resource pressure per iteration:\n.*\n(.*)\n", report)[1]
             port = max(float(p) for p in pressure.split() if p != "-")
-            rows.append({"loop": what, "cpu": cpu, "instructions": len(body), "fma": fma, "vector_loads": loads,
-                         "loads_per_fma": round(loads / fma, 3), "cycles": round(cycles, 1), "port_limit": port,
-                         "dispatch_limit": float(re.search(r"Block RThroughput:\s+([\d.]+)", report)[1]),
-                         "over_port_limit": round(cycles / port, 2), "cycles_per_fma": round(cycles / fma, 3)})  # fmt: skip
+            rows.append(
+                {
+                    "loop": what,
+                    "cpu": cpu,
+                    "instructions": len(body),
+                    "fma": fma,
+                    "vector_loads": loads,
+                    "loads_per_fma": round(loads / fma, 3),
+                    "cycles": round(cycles, 1),
+                    "port_limit": port,
+                    "over_port_limit": round(cycles / port, 2),
+                }
+            )
             print(*rows[-1].values(), flush=True)
     write("arm-loops.csv", rows, False)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["instructions", "loops", "guest"])
-    parser.add_argument("--batch", type=int, default=1, help="images of a depthwise layer (the network has one)")
-    parser.add_argument("--only", default="", help="a regular expression on 'case,pass,contender'; keeps the other rows")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="images of a depthwise layer (the network has one)"
+    )
+    parser.add_argument(
+        "--only", default="", help="a regular expression on 'case,pass,contender'; keeps the other rows"
+    )
     arguments = parser.parse_args()
     if arguments.what == "guest":
         guest(arguments.batch, arguments.only)

@@ -1,7 +1,7 @@
-"""The CPU kernels of every built instruction set that this CPU has, through mnops._C, against plain NumPy in fp64.
+"""The CPU kernels of every built instruction set that this CPU has, by mnops._C, against plain NumPy in fp64.
 
-No torch: under emulation, where importing torch takes half a minute, run it with pytest --noconftest. The references
-are the equations of each op's docstring, written tap by tap and pixel by pixel.
+No torch: under emulation, where importing torch takes half a minute, run it with pytest --noconftest. The
+references are the equations of each op's docstring, written tap by tap and pixel by pixel.
 """
 
 import dataclasses
@@ -33,8 +33,11 @@ COMPUTED = {"float32": 2e-6, "float64": 1e-13, "float16": 2e-6, "bfloat16": 2e-6
 
 RUNS = {c["name"]: c["built"] and c["supported"] for c in C.cpu_capabilities()}
 VARIANTS = [
-    pytest.param((v["instruction_set"], v["dtype"]), id=f"{v['instruction_set']}-{v['dtype']}",
-                 marks=() if RUNS[v["instruction_set"]] else pytest.mark.skip(reason="this CPU does not have it"))
+    pytest.param(
+        (v["instruction_set"], v["dtype"]),
+        id=f"{v['instruction_set']}-{v['dtype']}",
+        marks=() if RUNS[v["instruction_set"]] else pytest.mark.skip(reason="this CPU does not have it"),
+    )
     for v in C.kernel_variants()
 ]  # fmt: skip
 
@@ -105,10 +108,14 @@ class Norm:
         mean, var = rng.normal(size=channels), rng.uniform(0.5, 2, channels)
         gamma, beta = rng.normal(size=channels), rng.normal(size=channels) * 0.5
         vectors = [None] * 4 if identity else [v.astype(self.arithmetic) for v in (mean, var, gamma, beta)]
-        self.given = dict(zip(("mean", "var", "gamma", "beta"), vectors, strict=True)) | {"eps": 1e-3, "act": act}
+        self.given = dict(zip(("mean", "var", "gamma", "beta"), vectors, strict=True)) | {
+            "eps": 1e-3,
+            "act": act,
+        }
         one, nil = np.ones(channels), np.zeros(channels)
         self.mean, var, self.gamma, self.beta = (
-            instead if v is None else v.astype(np.float64) for v, instead in zip(vectors, (nil, one, one, nil), strict=True)
+            instead if v is None else v.astype(np.float64)
+            for v, instead in zip(vectors, (nil, one, one, nil), strict=True)
         )
         self.rstd = one if identity else (var + 1e-3) ** -0.5
         self.act = act
@@ -127,7 +134,9 @@ class Norm:
         vectors = []
         for total in (lambda t: t.sum(axes), lambda t: np.abs(t).sum(axes)):
             dbeta, dgamma = total(gp), total(gp * hat)
-            vectors.append((-self.gamma * self.rstd * dbeta, -0.5 * self.gamma * self.rstd**2 * dgamma, dgamma, dbeta))
+            vectors.append(
+                (-self.gamma * self.rstd * dbeta, -0.5 * self.gamma * self.rstd**2 * dgamma, dgamma, dbeta)
+            )
         return gp * self.gamma * self.rstd, *vectors
 
 
@@ -153,17 +162,26 @@ class Shape:
     def taps(self):
         """For each tap: its index, the padded input positions that it reads."""
         for ky, kx in itertools.product(range(self.kernel[0]), range(self.kernel[1])):
-            top, left = ky * self.dilation[0], kx * self.dilation[1]
-            yield (ky, kx), np.s_[:, top : top + (self.ho - 1) * self.stride[0] + 1 : self.stride[0],
-                                  left : left + (self.wo - 1) * self.stride[1] + 1 : self.stride[1]]  # fmt: skip
+            rows, columns = (
+                slice(start, start + (count - 1) * stride + 1, stride)
+                for start, count, stride in (
+                    (ky * self.dilation[0], self.ho, self.stride[0]),
+                    (kx * self.dilation[1], self.wo, self.stride[1]),
+                )
+            )
+            yield (ky, kx), np.s_[:, rows, columns]
 
     @property
     def ho(self):
-        return (self.h + sum(self.padding[:2]) - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
+        return (self.h + sum(self.padding[:2]) - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[
+            0
+        ] + 1
 
     @property
     def wo(self):
-        return (self.w + sum(self.padding[2:]) - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
+        return (self.w + sum(self.padding[2:]) - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[
+            1
+        ] + 1
 
     @property
     def arguments(self):
@@ -276,7 +294,11 @@ def test_depthwise(variant, shape, rng):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_depthwise_activations(variant, act, rng):
-    for shape in (Shape("", 1, 6, 11, 20), Shape("", 1, 7, 12, 20, **square(3, 2)), Shape("", 1, 6, 7, 5, **square(4))):
+    for shape in (
+        Shape("", 1, 6, 11, 20),
+        Shape("", 1, 7, 12, 20, **square(3, 2)),
+        Shape("", 1, 6, 7, 5, **square(4)),
+    ):
         check_depthwise(rng, *variant, shape, act)
     check_depthwise(rng, *variant, Shape("", 1, 6, 11, 20), act, identity=True)
 
@@ -320,8 +342,17 @@ def check_pointwise(rng, isa, dtype, pixels, c, o, act, identity=False):
     check_vectors(got[2:], vectors, sizes, dtype)
 
 
-PIXELS = {"plain": (98, 32, 64), "one pixel": (1, 32, 16), "odd": (45, 13, 7), "to 1": (16, 16, 1), "from 1": (16, 1, 16),
-          "deep": (21, 520, 136), "long": (1023, 40, 24), "two blocks": (400, 1024, 8), "wide": (7, 8, 1000)}  # fmt: skip
+PIXELS = {
+    "plain": (98, 32, 64),
+    "one pixel": (1, 32, 16),
+    "odd": (45, 13, 7),
+    "to 1": (16, 16, 1),
+    "from 1": (16, 1, 16),
+    "deep": (21, 520, 136),
+    "long": (1023, 40, 24),
+    "two blocks": (400, 1024, 8),
+    "wide": (7, 8, 1000),
+}
 
 
 @pytest.mark.parametrize("size", PIXELS.values(), ids=PIXELS.keys())
@@ -361,7 +392,9 @@ def test_norm_act_and_pool(variant, size, act, rng):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_storage_rounds_to_nearest_even_and_keeps_nan_and_infinity(variant, rng):
     isa, dtype = variant
-    values = np.concatenate([rng.normal(size=200), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-8, 6e-5, 65504, 1 + 2.0**-9]])
+    values = np.concatenate(
+        [rng.normal(size=200), [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-8, 6e-5, 65504, 1 + 2.0**-9]]
+    )
     values = values[:, None] * np.ones((1, 5))
     with np.errstate(over="ignore"):
         x, (gamma, _) = stored(values, dtype), arithmetic(np.array([1, -1, 1.001, 0.5, 3.0]), dtype)
