@@ -98,7 +98,7 @@ def read(path: Path) -> list[Row]:
 def read_all(folder: Path) -> list[Row]:
     """The rows of every machine; quick trials (quick*.csv) are not results."""
     return [
-        r for path in sorted(folder.glob("*.csv")) if not path.stem.startswith("quick") for r in read(path)
+        r for path in sorted(folder.glob("*.csv")) if not path.stem.startswith(("quick", "arm-")) for r in read(path)
     ]
 
 
