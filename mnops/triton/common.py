@@ -1,0 +1,241 @@
+"""What the kernels share: activations, and a pending norm and an incoming gradient applied on load.
+
+Every kernel sees channels_last memory: element (n, c, h, w) of a (N, C, H, W) tensor is at
+((n * H + h) * W + w) * C + c, with 64-bit offsets. Half precision is computed in fp32, and rounded where a tensor
+is stored.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+NONE, RELU, RELU6, HARDSWISH, SILU = (tl.constexpr(i) for i in range(5))
+ACTS = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
+
+
+# What gy is multiplied by before it is rounded to half precision for tensor cores. g, as it was stored, lies on the
+# grid of that precision; a gradient of the mean or the variance, spread over all pixels, is often less than half a step
+# of it, and g + gm would round back to g at every pixel: in the sum over pixels a whole term of BatchNorm's gradient
+# would be missing. Off the grid the rounding errors average out. Twice the golden section spreads the 128 mantissas
+# of bf16 most evenly between the grid points.
+DITHER = tl.constexpr(1.2360679774997898)
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# ---- in kernels ----
+
+
+@triton.jit
+def to_float(x):
+    """x in fp32. bf16 by hand, two to a register: one instruction each, where the compiler takes two."""
+    if x.dtype == tl.bfloat16 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x (fp32) as it is stored in dtype, and that value in fp32 again."""
+    if dtype == tl.bfloat16 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+            "=r,=r,=r,r,r", [x], (tl.bfloat16, tl.float32), is_pure=True, pack=2,
+        )
+    else:
+        stored = x.to(dtype)
+        return stored, stored.to(tl.float32)
+
+
+@triton.jit
+def activation(p, ACT: tl.constexpr):
+    """act(p). A NaN stays one, as in torch."""
+    if ACT == RELU:
+        p = tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == RELU6:
+        p = tl.clamp(p, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == HARDSWISH:
+        p = p * tl.clamp(p + 3.0, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
+    elif ACT == SILU:
+        p = p * tl.sigmoid(p)
+    return p
+
+
+@triton.jit
+def activation_backward(gz, p, z, ACT: tl.constexpr):
+    """gz * act'(p), z = act(p); at a kink what torch takes there."""
+    if ACT == RELU:  # from z, so that p need not be kept
+        gz = tl.where(z > 0.0, gz, 0.0)
+    elif ACT == RELU6:
+        gz = tl.where((z > 0.0) & (z < 6.0), gz, 0.0)
+    elif ACT == HARDSWISH:
+        gz = gz * tl.where(p <= -3.0, 0.0, tl.where(p < 3.0, p * (1.0 / 3.0) + 0.5, 1.0))
+    elif ACT == SILU:
+        s = tl.sigmoid(p)
+        gz = gz * s * (1.0 + p * (1.0 - s))
+    return gz
+
+
+@triton.jit
+def block_channels(block, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels of a block, [1, BLOCK_C], and which of them there are."""
+    i = tl.arange(0, BLOCK_C)[None, :]
+    c = block * BLOCK_C + i
+    return c, c < C if C % BLOCK_C else i >= 0  # what is always true costs nothing
+
+
+@triton.jit
+def channel_norm(
+    mean, var, gamma, beta, eps, c, c_ok, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, dtype: tl.constexpr
+):
+    """mean, scale and shift of the channels c, for `normalise`."""
+    m = tl.zeros(c.shape, tl.float32)
+    scale = tl.full(c.shape, 1.0, tl.float32)
+    shift = tl.zeros(c.shape, tl.float32)
+    if NORM:
+        m = tl.load(mean + c, mask=c_ok, other=0.0)
+        scale = 1.0 / tl.sqrt_rn(tl.load(var + c, mask=c_ok, other=1.0) + eps)
+        if GAMMA:
+            scale = scale * tl.load(gamma + c, mask=c_ok, other=0.0)
+        if BETA:
+            shift = tl.load(beta + c, mask=c_ok, other=0.0)
+        if dtype != tl.float32:
+            shift = shift - m * scale
+    return m, scale, shift
+
+
+@triton.jit
+def normalise(x, ok, m, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
+    """z of the stored x, 0 where not ok, where x was loaded as 0; every act(0) is 0. ok None: it does not matter.
+
+    fp32 subtracts the mean first: |mean| / std may be 1000. In half precision that ratio has cost x its digits
+    already, and one FMA serves: shift holds beta - mean * scale, and is what the padding takes out.
+    """
+    if NORM:
+        if x.dtype == tl.float32:
+            p = (x - m) * scale + shift
+            if ok is not None:
+                p = tl.where(ok, p, 0.0)
+        else:
+            if ok is not None:
+                shift = tl.where(ok, shift, 0.0)
+            p = to_float(x) * scale + shift
+    else:
+        p = to_float(x)
+    return activation(p, ACT)
+
+
+@triton.jit
+def lane_position(lane, bands, strips, dil_h, dil_w):
+    """n, row phase, band, column phase and strip of lanes, strips innermost."""
+    strip = lane % strips
+    band = (lane // strips) % bands
+    return lane // (strips * bands), band % dil_h, band // dil_h, strip % dil_w, strip // dil_w
+
+
+@triton.jit
+def load_row(
+    lane, h, ok, c_ok, w, W, dil_w, C: tl.constexpr, COLUMNS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr
+):
+    """The COLUMNS pixels of row h that start at column w, each [LANES, BLOCK_C], 0 outside the image."""
+    row = lane + h.to(tl.int64) * W * C
+    loaded = ()
+    for j in tl.static_range(COLUMNS):
+        column_ok = ok & c_ok
+        if j < FROM or j >= TO:
+            column_ok = column_ok & (w + j * dil_w >= 0) & (w + j * dil_w < W)
+        loaded = loaded + (tl.load(row + j * dil_w * C, mask=column_ok, other=0.0),)
+    return loaded
+
+
+@triton.jit
+def channel_incoming(
+    g_mean, g_var, mean_y, values, c, c_ok, GMEAN: tl.constexpr, GVAR: tl.constexpr, FACTOR: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Of the channels c, for `incoming`: gm and gv of gy = g + gm + (y - my) * gv, times FACTOR, and my.
+
+    gm = g_mean / values, gv = 2 g_var / values, values = N * OH * OW; in half precision gm holds gm - gv * my.
+    """
+    gm = tl.zeros(c.shape, tl.float32)
+    gv = tl.zeros(c.shape, tl.float32)
+    my = tl.zeros(c.shape, tl.float32)
+    if GMEAN:
+        gm = tl.load(g_mean + c, mask=c_ok, other=0.0) * FACTOR / values
+    if GVAR:
+        gv = tl.load(g_var + c, mask=c_ok, other=0.0) * (2.0 * FACTOR) / values
+        my = tl.load(mean_y + c, mask=c_ok, other=0.0)
+        if dtype != tl.float32:
+            gm = gm - gv * my
+    return gm, gv, my
+
+
+@triton.jit
+def incoming(g, y, ok, gm, gv, my, GMEAN: tl.constexpr, GVAR: tl.constexpr, FACTOR: tl.constexpr):
+    """FACTOR * gy, gy = g + g_mean / P + 2 (y - mean_y) g_var / P; 0 where not ok, where g and y were loaded as 0."""
+    gy = to_float(g)
+    if FACTOR != 1.0:
+        gy = gy * FACTOR
+    if GVAR and g.dtype == tl.float32:
+        gy += gm + (y - my) * gv
+        if ok is not None:
+            gy = tl.where(ok, gy, 0.0)
+    elif GMEAN or GVAR:
+        if ok is not None:
+            gm = tl.where(ok, gm, 0.0)
+        if GVAR:
+            gm = to_float(y) * gv + gm
+        gy += gm
+    return gy
+
+
+@triton.jit
+def incoming_row(
+    raw, ok, gm, gv, my, w, OW, dil_w, COLUMNS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    GMEAN: tl.constexpr, GVAR: tl.constexpr,
+):
+    """gy of the COLUMNS pixels that load_row loaded of g, and after them of y."""
+    gy = ()
+    for j in tl.static_range(COLUMNS):
+        column_ok = ok
+        if j < FROM or j >= TO:
+            column_ok = ok & (w + j * dil_w >= 0) & (w + j * dil_w < OW)
+        if GVAR:
+            gy = gy + (incoming(raw[j], raw[COLUMNS + j], column_ok, gm, gv, my, GMEAN, GVAR, 1.0),)
+        else:
+            gy = gy + (incoming(raw[j], raw[j], column_ok, gm, gv, my, GMEAN, GVAR, 1.0),)
+    return gy
+
+
+@triton.jit
+def load_vectors(folded, c, c_ok, C: tl.constexpr):
+    """Three vectors of channels from (3, C)."""
+    return (
+        tl.load(folded + c, mask=c_ok, other=0.0),
+        tl.load(folded + C + c, mask=c_ok, other=0.0),
+        tl.load(folded + 2 * C + c, mask=c_ok, other=0.0),
+    )
+
+
+@triton.jit
+def merge_statistics(count, mean, m2, n, here, squares):
+    """Count, mean and sum of squared deviations of two sets of values together.
+
+    Chan, Golub and LeVeque, 1983: no sum of squares that could swallow the variance.
+    """
+    total = count + n
+    share = n / tl.maximum(total, 1.0)
+    delta = here - mean
+    return total, mean + delta * share, m2 + squares + delta * delta * (count * share)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, accumulated in fp32."""
+    if INTERPRETED:  # its products know no bf16; the factors are exact in fp32
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
