@@ -8,7 +8,6 @@ COMMANDS = {
     "train": ("mnops.train.cli", "train MobileNet on a folder of images or the built-in ones, and test it"),
     "bench": ("mnops.bench", "measure ops and networks against stock PyTorch"),
     "report": ("mnops.report", "tables of the measured results"),
-    "tables": ("mnops.tables", "the paper's tables, counted exactly"),
 }
 
 
