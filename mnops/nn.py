@@ -25,6 +25,7 @@ from mnops.reference import ACTIVATIONS, wide
 __all__ = ["DepthwiseConvBNAct", "DepthwiseSeparable", "PointwiseConvBNAct", "chain"]
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+FEW_CHANNELS = 16  # stem_conv2d is made for images; a wide dense convolution is stock's
 
 
 def check_act(owner: str, act: str) -> str:
@@ -97,7 +98,7 @@ def _op_of(conv: nn.Module, bn: nn.Module, same: bool) -> str | None:
         return None
     if height == 1 and conv.stride == (1, 1) and (same or conv.padding in ((0, 0), "valid", "same")):
         return "pointwise"
-    return "stem" if conv.dilation == (1, 1) else None
+    return "stem" if conv.dilation == (1, 1) and conv.in_channels <= FEW_CHANNELS else None
 
 
 def _stock(x: Tensor, conv: nn.Module, bn: nn.Module, act: str, same: bool) -> Tensor:

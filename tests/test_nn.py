@@ -334,6 +334,27 @@ def test_double_backward_through_a_block():
     torch.testing.assert_close(penalty(block, x), penalty(stock, x))
 
 
+def test_forward_mode_and_func_transforms():
+    def derivatives(block):
+        with torch.autograd.forward_ad.dual_level():
+            dual = block(torch.autograd.forward_ad.make_dual(x, tangent))
+            forward_mode = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        gradient = torch.func.grad(lambda x: block(x).square().sum())(x)
+        return forward_mode, *torch.func.jvp(block, (x,), (tangent,)), gradient
+
+    block, stock = pair(BLOCKS["separable"], act="silu")
+    x, tangent = torch.randn(2, 3, 6, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(derivatives(block.eval()), derivatives(stock.eval()))
+
+
+def test_inference_mode():
+    block, stock = pair(BLOCKS["separable"])
+    with torch.inference_mode():
+        x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+        torch.testing.assert_close(block.train()(x), stock.train()(x))
+        torch.testing.assert_close(block.eval()(x), stock.eval()(x))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from mnops import backends, reference
@@ -58,11 +59,14 @@ def run(name: str, args: tuple) -> Any:
 
     The compiler sees the plain op. Eager calls go round its registered formula, whose generic wrapper reads
     the schema anew at every call (0.1 ms): through an autograd.Function of the same formula, or through none
-    where no gradient can be asked for.
+    where no gradient can be asked for. Forward-mode AD and torch.func's jvp and grad get the reference:
+    stock operations have all the rules.
     """
     op, function = _ops[backends.choose(name, args[0].device.type), name]
     if torch.compiler.is_compiling():
         return op(*args)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return getattr(reference, name)(*args)
     return function.apply(*args) if _needs_grad(args) else _below_autograd(op, args)
 
 
