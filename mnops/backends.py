@@ -20,7 +20,11 @@ class Backend(NamedTuple):
     devices: tuple[str, ...]  # device types it runs on; empty: every one
     module: str | None  # holds the kernels as Python functions; None: they are in the native library
     missing: Callable[[], str | None] = lambda: None  # why this machine lacks it altogether, None if it does not
+    traced: bool = False  # within module.inlined() its functions are what a compiler can look into
 
+
+# Triton runs its kernels on the CPU, as NumPy, where this is set before it is imported: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # In order of preference: by default the first that serves the op on the tensor's device is taken.
 BACKENDS = {
@@ -28,8 +32,12 @@ BACKENDS = {
     for b in (
         Backend("cpu", "mnops", ("cpu",), None),
         Backend("reference", "mnops_reference", (), "mnops.reference"),
-        # After the reference until a GPU has run its tests: forced, not chosen.
+        # After the reference until a GPU has run their tests: forced, not chosen.
         Backend("cuda", "mnops", ("cuda",), None, _native.cuda_missing),
+        Backend(
+            "triton", "mnops_triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), "mnops.triton",
+            traced=not INTERPRETED,
+        ),  # fmt: skip
     )
 }
 

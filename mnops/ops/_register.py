@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -187,6 +188,24 @@ def _define(backend: backends.Backend, op: str) -> None:
         return getattr(importlib.import_module(backend.module), op)(*args)
 
     library.impl(op, kernel, "CompositeExplicitAutograd")
+    if backend.traced:
+        _let_compilers_in(backend, op, kernel)
+
+
+def _let_compilers_in(backend: backends.Backend, name: str, kernel: Callable) -> None:
+    """What torch.library.triton_op does: AOTAutograd, so the compiler, gets the kernels in place of the op; an
+    exported program keeps the op."""
+
+    def decompose(mode, op, types, args, kwargs):
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if custom_triton_ops_decomposition_disabled():
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode, importlib.import_module(backend.module).inlined():
+            return kernel(*args)
+
+    qualified, library = f"{backend.namespace}::{name}", _libraries[backend.namespace]
+    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose, lib=library)
 
 
 def _function(op: Any, setup_context: Callable, formula: Callable) -> type[torch.autograd.Function]:

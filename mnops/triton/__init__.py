@@ -10,6 +10,7 @@ except ImportError as error:
     raise ImportError("the package triton is not installed (pip install triton)") from error
 
 from mnops.triton.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
+from mnops.triton.launch import inlined
 from mnops.triton.norm_act import norm_act, norm_act_backward
 from mnops.triton.norm_act_pool import norm_act_pool, norm_act_pool_backward
 from mnops.triton.pointwise_conv2d import pointwise_conv2d, pointwise_conv2d_backward
@@ -18,6 +19,7 @@ from mnops.triton.stem_conv2d import stem_conv2d, stem_conv2d_backward
 __all__ = [
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
+    "inlined",
     "norm_act",
     "norm_act_backward",
     "norm_act_pool",
