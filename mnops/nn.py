@@ -159,11 +159,13 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         return f"act={self.act!r}, same={self.same}, fused={self.fused}"
 
-    def _depthwise(self, channels, kernel_size, stride, padding, dilation, bias, factory) -> nn.Conv2d:
+    def _depthwise(
+        self, channels, kernel_size, stride, padding, dilation, bias, factory, multiplier=1
+    ) -> nn.Conv2d:
         if padding is None:
             padding = dilation * (kernel_size // 2)
-        sides = 0 if self.same else padding
-        return nn.Conv2d(channels, channels, kernel_size, stride, sides, dilation, channels, bias, **factory)
+        sides, out = 0 if self.same else padding, channels * multiplier
+        return nn.Conv2d(channels, out, kernel_size, stride, sides, dilation, channels, bias, **factory)
 
 
 class DepthwiseConvBNAct(Block):
@@ -235,7 +237,10 @@ class PointwiseConvBNAct(Block):
 class DepthwiseSeparable(Block):
     """The layer of MobileNet (arXiv:1704.04861, figure 3): depthwise, then 1x1, both with BatchNorm and act.
 
-    Children, named as timm's: conv_dw, bn1, conv_pw, bn2. Arguments as DepthwiseConvBNAct.
+    Children, named as timm's: conv_dw, bn1, conv_pw, bn2. Arguments as DepthwiseConvBNAct, and
+
+        depth_multiplier: outputs of the depthwise convolution for each of its inputs, as Keras names it.
+            Above 1 that convolution is stock's.
 
     Shape: (N, C, H, W) -> (N, O, Ho, Wo), in x's memory format.
     """
@@ -254,14 +259,25 @@ class DepthwiseSeparable(Block):
         fused: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        depth_multiplier: int = 1,
     ) -> None:
         super().__init__(act, padding, fused)
         factory = {"device": device, "dtype": dtype}
-        self.conv_dw = self._depthwise(in_channels, kernel_size, stride, padding, dilation, False, factory)
-        self.bn1 = nn.BatchNorm2d(in_channels, eps, momentum, **factory)
-        self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory)
+        between = in_channels * depth_multiplier
+        self.conv_dw = self._depthwise(
+            in_channels, kernel_size, stride, padding, dilation, False, factory, depth_multiplier
+        )
+        self.bn1 = nn.BatchNorm2d(between, eps, momentum, **factory)
+        self.conv_pw = nn.Conv2d(between, out_channels, 1, bias=False, **factory)
         self.bn2 = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
 
-    def chain(self, x: Tensor | Pending) -> Pending:
-        x = conv_bn_act(x, self.conv_dw, self.bn1, self.act, self.same, self.fused)
+    def chain_depthwise(self, x: Tensor | Pending) -> Pending:
+        """The first half of `chain`."""
+        return conv_bn_act(x, self.conv_dw, self.bn1, self.act, self.same, self.fused)
+
+    def chain_pointwise(self, x: Tensor | Pending) -> Pending:
+        """The second half of `chain`."""
         return conv_bn_act(x, self.conv_pw, self.bn2, self.act, fused=self.fused)
+
+    def chain(self, x: Tensor | Pending) -> Pending:
+        return self.chain_pointwise(self.chain_depthwise(x))

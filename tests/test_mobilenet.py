@@ -254,7 +254,7 @@ def test_small_final_map_in_training():
         (lambda: make(num_classes=1.5), "num_classes must be an int of 0 or more, got 1.5"),
         (lambda: make(width_mult=0), "width_mult must be positive, got 0"),
         (lambda: make(width_mult=float("nan")), "width_mult must be positive, got nan"),
-        (lambda: make(in_chans=0), "in_chans must be positive, got 0"),
+        (lambda: make(in_chans=0), "in_chans must be a positive int, got 0"),
         (lambda: make(act="gelu"), "act must be one of none, relu, .* got 'gelu'"),
         (lambda: make(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (lambda: make(padding="valid"), "padding must be .* got 'valid'"),

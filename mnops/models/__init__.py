@@ -1,5 +1,5 @@
 """Networks."""
 
-from mnops.models.mobilenet import MobileNet
+from mnops.models.mobilenet import STAGES, VARIANTS, EndPoint, Layer, MobileNet
 
-__all__ = ["MobileNet"]
+__all__ = ["STAGES", "VARIANTS", "EndPoint", "Layer", "MobileNet"]

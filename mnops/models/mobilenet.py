@@ -1,6 +1,9 @@
-"""MobileNet: Howard et al., arXiv:1704.04861."""
+"""MobileNet and its variants: Howard et al., arXiv:1704.04861."""
 
+import itertools
 import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,19 @@ from mnops import ops
 from mnops.nn import Block, DepthwiseSeparable, chain, check_act, conv_bn_act
 from mnops.ops import Pending
 
-# Table 1 of the paper: pointwise output channels and depthwise stride of each separable layer. One row is one
-# resolution, as timm's stages. The last stride is printed as 2, but input and output are both 7 x 7: it is 1.
+
+class Layer(NamedTuple):
+    """A row of a layer table."""
+
+    channels: int  # that come out, at width 1
+    stride: int  # of the 3x3 convolution
+    kind: str = "separable"  # or "conv": one dense 3x3 convolution
+
+
+Stages = Sequence[Sequence[Layer | tuple]]
+
+# Table 1 of the paper after its first convolution. One stage is one resolution, as timm's. The last stride is
+# printed as 2, but input and output are both 7 x 7: it is 1.
 STEM_CHANNELS = 32
 STAGES = (
     ((64, 1),),
@@ -20,16 +34,49 @@ STAGES = (
     ((512, 2), (512, 1), (512, 1), (512, 1), (512, 1), (512, 1)),
     ((1024, 2), (1024, 1)),
 )
+VARIANTS = {
+    "separable": STAGES,
+    "conv": tuple(tuple((*row, "conv") for row in stage) for stage in STAGES),  # table 4
+    "shallow": (*STAGES[:3], STAGES[3][:1], STAGES[4]),  # table 5: without five layers of 14 x 14 x 512
+}
+STEM = "Conv2d_0"
+HEAD = ("AvgPool_1a", "Logits", "Predictions")  # TF-slim's end points after the convolutions
 
 
-def scaled(channels: int, width_mult: float) -> int:
-    """width_mult * channels to the nearest multiple of 8 (whole vectors in the kernels), at least 90 % of it.
+class EndPoint(NamedTuple):
+    """What is known of a feature map before it is computed."""
 
-    At the paper's four widths these are its own numbers.
+    channels: int
+    stride: int  # of the image, in pixels
+
+
+def scaled(channels: int, width_mult: float, divisor: int = 8, min_depth: int = 8) -> int:
+    """width_mult * channels to the nearest multiple of divisor, at least 90 % of it and at least min_depth.
+
+    8 makes whole vectors in the kernels; divisor 1 truncates, as TF-slim and Keras do. At the paper's four
+    widths both give its own numbers.
     """
     wanted = channels * width_mult
-    rounded = max(8, int(wanted + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * wanted else rounded
+    rounded = max(min_depth, int(wanted + divisor // 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * wanted else rounded
+
+
+class ConvBNAct(Block):
+    """Dense 3x3 convolution, BatchNorm, activation: a layer of Conv MobileNet. Children as timm's: conv, bn1.
+
+    Fused where its input has few channels (`mnops.nn.FEW_CHANNELS`); wide ones are stock's.
+
+    Shape: (N, C, H, W) -> (N, O, Ho, Wo), in x's memory format.
+    """
+
+    def __init__(self, in_channels, out_channels, stride, padding, dilation, act, eps, momentum) -> None:
+        super().__init__(act, padding, fused=True)
+        sides = 0 if self.same else dilation
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, sides, dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum)
+
+    def chain(self, x: Tensor | Pending) -> Pending:
+        return conv_bn_act(x, self.conv, self.bn1, self.act, self.same, self.fused)
 
 
 class MobileNet(nn.Module):
@@ -41,7 +88,7 @@ class MobileNet(nn.Module):
 
     Args:
         num_classes: 0 for no classifier.
-        width_mult: the paper's alpha; channels are rounded to multiples of 8.
+        width_mult: the paper's alpha; channels are rounded to multiples of `divisor`.
         in_chans: channels of the image.
         act: none, relu (the paper's), relu6, hardswish or silu.
         bn_eps, bn_momentum: of every BatchNorm.
@@ -49,8 +96,21 @@ class MobileNet(nn.Module):
         padding: "symmetric" (1 on each side, as timm) or "same" (TensorFlow's SAME: one-sided at stride 2 on
             an even size).
         fused: False runs the very same modules through stock PyTorch; it can be set later as an attribute.
+        stages: the layer table: rows of (channels, stride, "separable" or "conv"), one stage a resolution.
+            None: the paper's; `mnops.models.VARIANTS` has its Conv and Shallow MobileNet too.
+        depth_multiplier: depthwise outputs for each input channel, as in Keras.
+        output_stride: 8, 16 or 32: no feature map is smaller than the image by more; later strides become
+            dilations, as in TF-slim.
+        rho: the paper's resolution multiplier: the image is resized by it (bilinear, antialiased) first.
+        divisor, min_depth: see `scaled`.
+        features_only: forward returns {end point: feature map}; there is no classifier, and no layer after
+            the last of them. Weights of the whole network load with strict=False.
+        end_points: which, with features_only; None: the last of each stage, strides 2, 4, 8, 16, 32.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), or (N, num_features) without classifier.
+
+    End points have TF-slim's names: Conv2d_0 is the first convolution, Conv2d_i_depthwise and
+    Conv2d_i_pointwise the halves of layer i, Conv2d_i a dense layer; each after its BatchNorm and activation.
 
     Convolutions start from a normal of variance 2 / fan_out (He et al., arXiv:1502.01852), fan_out counted
     per group as timm does: one rule for both kinds and every width, where TF-slim has one fixed deviation of
@@ -69,43 +129,80 @@ class MobileNet(nn.Module):
         dropout: float = 0.0,
         padding: str = "symmetric",
         fused: bool = True,
+        *,
+        stages: Stages | None = None,
+        depth_multiplier: int = 1,
+        output_stride: int = 32,
+        rho: float = 1.0,
+        divisor: int = 8,
+        min_depth: int = 8,
+        features_only: bool = False,
+        end_points: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         if not width_mult > 0 or not math.isfinite(width_mult):
             raise ValueError(f"MobileNet: width_mult must be positive, got {width_mult}")
-        if in_chans < 1:
-            raise ValueError(f"MobileNet: in_chans must be positive, got {in_chans}")
+        if not rho > 0 or not math.isfinite(rho):
+            raise ValueError(f"MobileNet: rho must be positive, got {rho}")
         if not 0 <= dropout < 1:
             raise ValueError(f"MobileNet: dropout must be in [0, 1), got {dropout}")
         if padding not in ("symmetric", "same"):
             raise ValueError(f'MobileNet: padding must be "symmetric" or "same", got {padding!r}')
         if not bn_eps >= 0:
             raise ValueError(f"MobileNet: bn_eps must not be negative, got {bn_eps}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"MobileNet: output_stride must be 8, 16 or 32, got {output_stride}")
+        counts = dict(in_chans=in_chans, depth_multiplier=depth_multiplier)
+        for name, value in (counts | dict(divisor=divisor, min_depth=min_depth)).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"MobileNet: {name} must be a positive int, got {value!r}")
+        if end_points is not None and not features_only:
+            raise ValueError("MobileNet: end_points are of features_only=True; see forward_end_points")
+        table = _checked(STAGES if stages is None else stages)
+        names = _names(table)
+        if features_only:
+            wanted = [stage[-1][-1] for stage in names] if end_points is None else end_points
+            known = [STEM, *(name for stage in names for layer in stage for name in layer)]
+            self.feature_names = _known(wanted, known)
+            names = _until(self.feature_names, names)
         self.act, self.in_chans, self.dropout = check_act("MobileNet", act), in_chans, dropout
-        self.same = padding == "same"
-        channels = scaled(STEM_CHANNELS, width_mult)
+        self.same, self.rho, self.features_only = padding == "same", rho, features_only
+        channels, stride, dilation = scaled(STEM_CHANNELS, width_mult, divisor, min_depth), 2, 1
         self.conv_stem = nn.Conv2d(in_chans, channels, 3, 2, 0 if self.same else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels, bn_eps, bn_momentum)
         self.blocks = nn.Sequential()
-        for stage in STAGES:
+        self.end_points = {STEM: EndPoint(channels, stride)}
+        side = "same" if self.same else None
+        for rows, layers in zip(table, names):
             blocks = nn.Sequential()
-            for width, stride in stage:
-                out = scaled(width, width_mult)
-                blocks.append(
-                    DepthwiseSeparable(
-                        channels, out, stride=stride, padding="same" if self.same else None, act=act,
-                        eps=bn_eps, momentum=bn_momentum,
-                    )
+            for row, own in zip(rows, layers):
+                out, step = scaled(row.channels, width_mult, divisor, min_depth), row.stride
+                dilate = stride * step > output_stride
+                options = dict(
+                    stride=1 if dilate else step, dilation=dilation, padding=side, act=act,
+                    eps=bn_eps, momentum=bn_momentum,
                 )
+                if dilate:
+                    dilation *= step  # of the layers after this one: its own input is not strided yet
+                else:
+                    stride *= step
+                if row.kind == "conv":
+                    blocks.append(ConvBNAct(channels, out, **options))
+                else:
+                    options["depth_multiplier"] = depth_multiplier
+                    blocks.append(DepthwiseSeparable(channels, out, **options))
+                    self.end_points[own[0]] = EndPoint(channels * depth_multiplier, stride)
+                self.end_points[own[-1]] = EndPoint(out, stride)
                 channels = out
             self.blocks.append(blocks)
+        self._names = names
         self.num_features = channels
         self.fused = fused
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-        self.reset_classifier(num_classes)
+        self.reset_classifier(0 if features_only else num_classes)
 
     @property
     def fused(self) -> bool:
@@ -131,26 +228,114 @@ class MobileNet(nn.Module):
             nn.init.normal_(self.classifier.weight, 0, 0.01)
             nn.init.zeros_(self.classifier.bias)
 
-    def _body(self, x: Tensor) -> Pending:
+    def _stem(self, x: Tensor) -> Pending:
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"MobileNet: x must be (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
+        if self.rho != 1:
+            size = [max(1, round(self.rho * length)) for length in x.shape[2:]]
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
         if self._fused:
             x = x.contiguous(memory_format=torch.channels_last)
-        stem = conv_bn_act(x, self.conv_stem, self.bn1, self.act, self.same, self._fused)
-        return chain(self.blocks, stem)
+        return conv_bn_act(x, self.conv_stem, self.bn1, self.act, self.same, self._fused)
+
+    def _body(self, x: Tensor) -> Pending:
+        return chain(self.blocks, self._stem(x))
+
+    def _taps(self, x: Tensor, wanted: Sequence[str]) -> tuple[Pending, dict[str, Tensor]]:
+        """The end points in `wanted`, made real while the chain goes on, and the tensor after them."""
+        found = {}
+
+        def tap(name: str, x: Pending) -> Pending:
+            if name in wanted:
+                found[name] = ops.norm_act(x)
+            return x
+
+        x = tap(STEM, self._stem(x))
+        for stage, names in zip(self.blocks, self._names):
+            if len(found) == len(wanted):
+                break
+            if not any(name in wanted for layer in names for name in layer if name != names[-1][-1]):
+                x = tap(names[-1][-1], chain(stage, x))
+                continue
+            for block, own in zip(stage, names):
+                if own[0] in wanted and len(own) == 2:
+                    x = block.chain_pointwise(tap(own[0], block.chain_depthwise(x)))
+                else:
+                    x = chain(block, x)
+                tap(own[-1], x)
+        return x, found
+
+    def forward_end_points(self, x: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Activations by TF-slim's names, in the network's order.
+
+        Args:
+            x: (N, in_chans, H, W).
+            names: of `self.end_points`, which says their channels and strides, and AvgPool_1a (N, C), Logits
+                and Predictions (softmax), (N, num_classes). None: all.
+        """
+        known = [*self.end_points, *(HEAD if self.num_classes else HEAD[:1])]
+        wanted = known if names is None else _known(names, known)
+        head = [name for name in wanted if name in HEAD]
+        body = [name for name in wanted if name not in HEAD]
+        if not head:
+            return self._taps(x, body)[1]
+        x, found = self._taps(x, [*body, *HEAD])  # HEAD is never found there: to the end
+        pooled = self._pool(x)
+        logits = self.classifier(F.dropout(pooled, self.dropout, self.training))
+        found |= zip(HEAD, (pooled, logits, logits.softmax(1)))
+        return {name: found[name] for name in wanted}
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, (N, num_features, H / 32, W / 32) rounded up."""
         return ops.norm_act(self._body(x))
 
+    def _pool(self, x: Tensor | Pending) -> Tensor:
+        if self._fused:
+            return ops.norm_act_pool(x)
+        return F.adaptive_avg_pool2d(ops.norm_act(x), 1).flatten(1)
+
     def forward_head(self, x: Tensor | Pending, pre_logits: bool = False) -> Tensor:
         """Average pooling, dropout and classifier; pre_logits: without the classifier."""
-        if self._fused:
-            x = ops.norm_act_pool(x)
-        else:
-            x = F.adaptive_avg_pool2d(ops.norm_act(x), 1).flatten(1)
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(self._pool(x), self.dropout, self.training)
         return x if pre_logits else self.classifier(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        if self.features_only:
+            return self._taps(x, self.feature_names)[1]
         return self.forward_head(self._body(x))
+
+
+def _checked(stages: Stages) -> list[list[Layer]]:
+    table = [[Layer(*row) for row in stage] for stage in stages]
+    for layer in (layer for stage in table for layer in stage):
+        if layer.channels < 1 or layer.stride not in (1, 2) or layer.kind not in ("separable", "conv"):
+            rule = 'a layer must be (channels, stride 1 or 2, "separable" or "conv")'
+            raise ValueError(f"MobileNet: {rule}, got {tuple(layer)}")
+    if not all(table):
+        raise ValueError("MobileNet: a stage must have a layer, got an empty one")
+    return table
+
+
+def _names(table: list[list[Layer]]) -> list[list[tuple[str, ...]]]:
+    """The end points of every layer, TF-slim's names."""
+    number = itertools.count(1)
+    halves = {"conv": ("",), "separable": ("_depthwise", "_pointwise")}
+    return [
+        [tuple(f"Conv2d_{i}{half}" for half in halves[layer.kind]) for layer, i in zip(stage, number)]
+        for stage in table
+    ]
+
+
+def _known(names: Collection[str], known: Sequence[str]) -> list[str]:
+    """names in the order of known."""
+    if isinstance(names, str) or not names or not set(names) <= set(known):
+        raise ValueError(f"MobileNet: end points must be some of {', '.join(known)}, got {names!r}")
+    return [name for name in known if name in names]
+
+
+def _until(wanted: Collection[str], names: list[list[tuple[str, ...]]]) -> list[list[tuple[str, ...]]]:
+    """The layers that the wanted end points need."""
+    flat = [own for stage in names for own in stage]
+    last = max((i for i, own in enumerate(flat) if set(own) & set(wanted)), default=-1)
+    kept = [[own for own in stage if own in flat[: last + 1]] for stage in names]
+    return [stage for stage in kept if stage]
