@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.fx import Proxy
 
 from mnops import _native
 
@@ -93,6 +95,16 @@ def choose(op: str, device: str) -> str:
     Raises RuntimeError with the reason if the forced backend does not serve it.
     """
     return _choose(_forced, op, device)
+
+
+def recording(x: Tensor | Proxy) -> bool:
+    """Whether the run on x is recorded by torch.export, torch.onnx, torch.jit.trace or torch.fx, to run elsewhere.
+
+    Stock operations are recorded then, which need no mnops where they run; a forced backend keeps the ops.
+    """
+    return _forced is None and (
+        torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, Proxy)
+    )
 
 
 class backend:

@@ -6,7 +6,8 @@ SyncBatchNorm conversion, weight-decay groups and DDP work as with stock modules
     block(x: Tensor) -> Tensor                          like any module
     chain(block, x: Tensor | Pending) -> Pending        its BatchNorm and activation left to the next op
 
-What the ops do not cover (another kind of convolution or norm, children with hooks) runs as stock modules.
+What the ops do not cover (another kind of convolution or norm, children with hooks) runs as stock modules;
+so does what is recorded to be run elsewhere (`mnops.backends.recording`).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from mnops import ops, sync
+from mnops import backends, ops, sync
 from mnops.functional import refuse_single_value, update_running
 from mnops.ops import Pending
 from mnops.ops._contract import same_padding
@@ -69,7 +70,7 @@ def conv_bn_act(
 ) -> Pending:
     """conv on x, bn and act pending. same: padding is TensorFlow's SAME in place of conv.padding."""
     op = _op_of(conv, bn, same) if fused else None
-    if op is None:
+    if op is None or backends.recording(x.x if isinstance(x, Pending) else x):
         return Pending(_stock(ops.norm_act(x), conv, bn, act, same))
     measure = bn.training or (bn.running_mean is None and bn.running_var is None)
     padding = "same" if same else conv.padding

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from mnops import ops
+from mnops import backends, ops
 from mnops.nn import Block, DepthwiseSeparable, chain, check_act, conv_bn_act
 from mnops.ops import Pending
 
@@ -229,12 +230,13 @@ class MobileNet(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     def _stem(self, x: Tensor) -> Pending:
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
+        traced = isinstance(x, Proxy)  # torch.fx's, whose shape is not known
+        if not traced and (x.dim() != 4 or x.shape[1] != self.in_chans):
             raise ValueError(f"MobileNet: x must be (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
         if self.rho != 1:
             size = [max(1, round(self.rho * length)) for length in x.shape[2:]]
             x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        if self._fused:
+        if self._fused and not backends.recording(x):
             x = x.contiguous(memory_format=torch.channels_last)
         return conv_bn_act(x, self.conv_stem, self.bn1, self.act, self.same, self._fused)
 
@@ -290,7 +292,7 @@ class MobileNet(nn.Module):
         return ops.norm_act(self._body(x))
 
     def _pool(self, x: Tensor | Pending) -> Tensor:
-        if self._fused:
+        if self._fused and not backends.recording(x.x if isinstance(x, Pending) else x):
             return ops.norm_act_pool(x)
         return F.adaptive_avg_pool2d(ops.norm_act(x), 1).flatten(1)
 

@@ -61,8 +61,10 @@ def run(name: str, args: tuple) -> Any:
     The compiler sees the plain op. Eager calls go round its registered formula, whose generic wrapper reads
     the schema anew at every call (0.1 ms): through an autograd.Function of the same formula, or through none
     where no gradient can be asked for. Forward-mode AD and torch.func's jvp and grad get the reference:
-    stock operations have all the rules.
+    stock operations have all the rules. So does what is recorded to be run elsewhere.
     """
+    if backends.recording(args[0]):
+        return getattr(reference, name)(*args)
     op, function = _ops[backends.choose(name, args[0].device.type), name]
     if torch.compiler.is_compiling():
         return op(*args)

@@ -1,6 +1,7 @@
 """norm_act: makes a pending tensor real, at the network's end, at a tap, wherever a stock module follows."""
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from mnops.ops import _contract as c
 from mnops.ops import _register as r
@@ -22,12 +23,12 @@ def norm_act(x: Tensor | c.Pending) -> Tensor:
     Raises:
         ValueError, TypeError: with the rule and the value received.
     """
-    if isinstance(x, Tensor):
+    if isinstance(x, c.Pending) and x.act == "none" and all(v is None for v in x[1:5]):
+        x = x.x
+    if isinstance(x, (Tensor, Proxy)):
         return x
     args = c.pending_args(x, cast=False)
     check(*args)
-    if x.mean is None and x.act == "none":
-        return x.x
     return r.run(NAME, args)
 
 
