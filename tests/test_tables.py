@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import vision
+import torchvision_support
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -170,7 +170,7 @@ def test_count_of_any_module():
 
 
 def test_peers():
-    vision.torchvision()
+    torchvision_support.load()
     tables.peer.cache_clear()
     found = {name: tables.peer(name, 224) for name in ("alexnet", "vgg16")}
     assert (found["alexnet"].mult_adds, found["alexnet"].parameters) == (714_188_480, 61_100_840)
