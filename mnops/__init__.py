@@ -7,18 +7,25 @@ _native.load()  # the schemas of torch.ops.mnops: everything below stands on the
 from mnops import nn, ops, reference  # noqa: E402
 from mnops.backends import backend  # noqa: E402
 from mnops.functional import depthwise_conv_bn_act, pointwise_conv_bn_act  # noqa: E402
+from mnops.fuse import fuse, fusion_report, unfuse  # noqa: E402
+from mnops.lazy import FallbackWarning, fallback_warnings  # noqa: E402
 from mnops.models import MobileNet  # noqa: E402
 from mnops.ops import Pending  # noqa: E402
 
 __all__ = [
+    "FallbackWarning",
     "MobileNet",
     "Pending",
     "backend",
     "depthwise_conv_bn_act",
+    "fallback_warnings",
+    "fuse",
+    "fusion_report",
     "nn",
     "ops",
     "pointwise_conv_bn_act",
     "reference",
+    "unfuse",
 ]
 
 

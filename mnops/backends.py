@@ -107,6 +107,11 @@ def recording(x: Tensor | Proxy) -> bool:
     )
 
 
+def chosen_native(op: str, device: str) -> bool:
+    """Whether something faster than the reference serves op on this device type, or a backend is forced."""
+    return _forced is not None or choose(op, device) != BACKENDS["reference"].namespace
+
+
 class backend:
     """Context manager that forces one backend: `with mnops.backend("reference"): ...`. The innermost counts.
 

@@ -80,18 +80,21 @@ def conv_bn_act(
         y, mean, var = ops.pointwise_conv2d(x, conv.weight, measure)
     else:
         y, mean, var = ops.stem_conv2d(x, conv.weight, conv.stride, padding, measure)
-    mean, var = _statistics(bn, y, mean, var, conv.bias, measure)
+    mean, var = statistics(bn, y, mean, var, conv.bias, measure)
     return Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
 
 
 def _op_of(conv: nn.Module, bn: nn.Module, same: bool) -> str | None:
     """Which op computes conv, or None if the stock modules must: subclasses may compute anything."""
-    if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS:
+    if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS or has_hooks(conv) or has_hooks(bn):
         return None
-    if has_hooks(conv) or has_hooks(bn) or conv.padding_mode != "zeros":
-        return None
+    return served_by(conv, same)
+
+
+def served_by(conv: nn.Conv2d, same: bool = False) -> str | None:
+    """The op of conv's geometry: depthwise, pointwise, stem or None. same: as in conv_bn_act."""
     height, width = conv.kernel_size
-    if height != width:
+    if height != width or conv.padding_mode != "zeros":
         return None
     if conv.groups == conv.in_channels == conv.out_channels:
         return "depthwise"
@@ -112,7 +115,7 @@ def _stock(x: Tensor, conv: nn.Module, bn: nn.Module, act: str, same: bool) -> T
     return x if act == "none" else getattr(F, act)(x)
 
 
-def _statistics(
+def statistics(
     bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor, bias: Tensor | None, measured: bool
 ) -> tuple[Tensor, Tensor]:
     """The mean and var that bn normalises y with, and its running statistics updated, by torch's rules.

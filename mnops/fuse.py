@@ -1,0 +1,267 @@
+"""mnops.fuse: the fused kernels for a network that somebody already has.
+
+Only convolutions change: those that an op serves and a BatchNorm follows become a subclass that computes the
+same by mnops and returns a LazyTensor (mnops/lazy.py), at which the model's own BatchNorm and activation are
+noted and left to the next fused convolution. Parameters, buffers, children and hooks stay where they are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mnops import backends, lazy, ops, sync
+from mnops.lazy import LazyTensor, real
+from mnops.nn import BATCH_NORMS, Block, served_by, statistics
+from mnops.ops import Pending
+from mnops.ops._contract import DTYPES
+
+__all__ = ["FusionReport", "fuse", "fusion_report", "unfuse"]
+
+
+class Conv2d(nn.Conv2d):
+    """What fuse makes of an nn.Conv2d, by its class alone: same parameters, same output, a LazyTensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or backends.recording(x):  # compilers fuse what follows themselves
+            return super().forward(x)
+        why = _why_stock(self, x)
+        if why is not None:
+            lazy.fell_back(self.__dict__.get("mnops_name", ""), why)
+            return super().forward(x)
+        return _convolve(self, x)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """What fuse makes of an nn.SyncBatchNorm: synchronises what a fused convolution measured."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = x.raw if type(x) is LazyTensor and lazy.unchanged(x) else None
+        if raw is None or raw.mean is None or sync.group_of(self) is None:
+            return super().forward(x)
+        mean, var = statistics(self, *raw, measured=True)
+        return lazy.lazy(Pending(raw.y, mean, var, self.weight, self.bias, self.eps), x.nchw, x.source)
+
+
+FUSED = {nn.Conv2d: Conv2d, nn.SyncBatchNorm: SyncBatchNorm}
+STOCK = {fused: stock for stock, fused in FUSED.items()}
+
+
+def _why_stock(conv: nn.Conv2d, x: Tensor) -> str | None:
+    """Why this call is stock's, or None: what the ops do not take, and what is to raise stock's errors."""
+    weight = conv.weight
+    if type(x) not in (Tensor, LazyTensor, nn.Parameter):
+        return f"its input is a {type(x).__name__}"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__name__}"
+    if x.dim() != 4 or x.shape[1] != conv.in_channels or x.numel() == 0:
+        return f"its input has shape {tuple(x.shape)}"
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        if x.dtype == torch.float64 or weight.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
+            return f"autocast, input of {x.dtype}, weight of {weight.dtype}"
+    elif x.dtype != weight.dtype:
+        return f"its input is {x.dtype}, its weight {weight.dtype}"
+    if x.dtype not in DTYPES or x.device != weight.device:
+        return f"its input is {x.dtype} on {x.device}"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transform of torch.func is active"
+    op = served_by(conv)
+    if op is None:
+        return "no op serves its geometry any more"
+    if not backends.chosen_native(f"{op}_conv2d", device):
+        return f"only the reference serves {op}_conv2d on {device}"
+    return None
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> LazyTensor:
+    name, weight = conv.__dict__.get("mnops_name", ""), conv.weight
+    if type(x) is LazyTensor:
+        nchw = x.nchw
+        if lazy._listeners:
+            lazy.tell(x.source, f"chained into {name}" if lazy.unchanged(x) else f"read by {name}")
+        x = lazy.pending_of(x)
+    else:
+        nchw = x.is_contiguous() or x.stride(1) != 1
+    channels_last = torch.channels_last
+    if nchw and weight.is_contiguous(memory_format=channels_last) and not weight.is_contiguous():
+        nchw = False  # as stock: either side in channels_last makes the output so
+    if isinstance(x, Tensor):
+        x = x.contiguous(memory_format=channels_last)
+    op, measure = served_by(conv), conv.training
+    if op == "depthwise":
+        out = ops.depthwise_conv2d(x, weight, conv.stride, conv.padding, conv.dilation, measure)
+    elif op == "pointwise":
+        out = ops.pointwise_conv2d(x, weight, measure)
+    else:
+        out = ops.stem_conv2d(x, weight, conv.stride, conv.padding, measure)
+    return lazy.lazy_output(*out, conv.bias, nchw, name)
+
+
+# ---- finding ----
+
+
+@dataclasses.dataclass
+class Layer:
+    """A convolution: its norm, which op serves it, or why it is left alone, and what became of its output."""
+
+    name: str
+    conv: nn.Conv2d
+    norm: str = ""
+    op: str = ""
+    why_not: str = ""
+    events: list[str] = dataclasses.field(default_factory=list)
+
+
+def _layers(model: nn.Module) -> Iterator[Layer]:
+    """Every convolution once, with the BatchNorm that its siblings' order or names say follows it."""
+    seen: set[nn.Module] = set()
+    for path, parent in _visited(model):
+        children = [c for c in parent.named_children() if not isinstance(c[1], nn.Identity)]
+        for i, (name, child) in enumerate(children):
+            if not isinstance(child, nn.Conv2d) or child in seen:
+                continue
+            seen.add(child)
+            layer = Layer(f"{path}.{name}" if path else name, child)
+            following = children[i + 1] if i + 1 < len(children) else ("", None)
+            if not _is_norm_of(following[1], child) and not isinstance(parent, nn.Sequential):
+                following = _by_name(name, parent) or following
+            layer.op = served_by(child) or ""
+            if type(child) not in (nn.Conv2d, Conv2d):
+                layer.why_not = f"{type(child).__name__} may compute anything"
+            elif not layer.op:
+                layer.why_not = "neither depthwise, 1x1 nor a first layer"
+            elif not _is_norm_of(following[1], child):
+                what = type(following[1]).__name__ if following[1] is not None else "nothing"
+                layer.why_not = f"no BatchNorm follows, but {what}"
+            else:
+                layer.norm = following[0]
+            yield layer
+
+
+def _visited(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules, without what mnops already runs fused."""
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, Block) or hasattr(type(module), "mnops_fused"):
+            inside.append(f"{path}." if path else "")
+            continue
+        yield path, module
+
+
+def _is_norm_of(norm: nn.Module | None, conv: nn.Conv2d) -> bool:
+    return isinstance(norm, BATCH_NORMS) and norm.num_features == conv.out_channels
+
+
+def _by_name(name: str, parent: nn.Module) -> tuple[str, nn.Module] | None:
+    """conv1 -> bn1, conv -> norm and the like, where all convolutions were registered before all norms."""
+    for norm in ("bn", "norm", "batchnorm", "batch_norm"):
+        other = name.replace("conv", norm)
+        if other != name and other in parent._modules:
+            return other, parent._modules[other]
+    return None
+
+
+# ---- the three functions ----
+
+
+def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
+    """Runs the convolutions of a model, with the BatchNorms and activations after them, by mnops; in place.
+
+    Every depthwise and 1x1 convolution, and a first layer of at most 16 channels, that a BatchNorm follows is
+    fused: its class changes, nothing else. Calling fuse again takes in what was added since. Fused layers are
+    chained wherever one's output goes to the next through nothing but BatchNorm, relu, relu6, hardswish or
+    silu. `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of layers that fall back
+    at run time. channels_last is the fast layout: contiguous inputs are converted for a chain, and back.
+
+    Args:
+        model: any module; itself, not a copy, is changed.
+        filter_fn: filter_fn(conv, name) False leaves that convolution alone.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is no module, or a compiled, scripted or exported one.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        rule = "model must be a torch.nn.Module, and not a scripted one"
+        raise TypeError(f"fuse: {rule}, got {type(model).__name__}")
+    found = False
+    for layer in _layers(model):
+        if layer.why_not or (filter_fn is not None and not filter_fn(layer.conv, layer.name)):
+            continue
+        found = True
+        layer.conv.__class__ = Conv2d
+        layer.conv.__dict__["mnops_name"] = layer.name
+    for _, module in _visited(model):
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = SyncBatchNorm
+    if found and _give_real not in model._forward_hooks.values():
+        model.register_forward_hook(_give_real)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undoes fuse, in place: the model is what it was, parameters as they are now."""
+    for module in model.modules():
+        if type(module) in STOCK:
+            module.__class__ = STOCK[type(module)]
+            module.__dict__.pop("mnops_name", None)
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _give_real]:
+            del module._forward_hooks[key]
+    return model
+
+
+def _give_real(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of a fused model: nothing pending leaves it."""
+    if type(output) is Tensor or torch.compiler.is_compiling():
+        return None
+    return torch.utils._pytree.tree_map_only(LazyTensor, real, output)
+
+
+class FusionReport(list[Layer]):
+    """The convolutions of a model, printable."""
+
+    def __str__(self) -> str:
+        rows = []
+        for layer in self:
+            if layer.why_not:
+                said = f"left alone: {layer.why_not}"
+            elif type(layer.conv) is not Conv2d:
+                said = "not fused"
+            else:
+                said = f"fused: {layer.op} + {layer.norm}"
+                if layer.events:
+                    said += "; " + ", ".join(dict.fromkeys(layer.events))
+            rows.append((layer.name, said))
+        width = max((len(name) for name, _ in rows), default=0)
+        fused = sum(type(layer.conv) is Conv2d for layer in self)
+        lines = [f"{name:{width}}  {said}" for name, said in rows]
+        return "\n".join([*lines, f"{fused} of {len(rows)} convolutions fused"])
+
+
+@torch.no_grad()
+def fusion_report(model: nn.Module, *inputs: Any) -> FusionReport:
+    """What was fused and what was left alone, with reasons; print it.
+
+    With example inputs the model is run once, in eval mode, and the report also says where each output was
+    chained or made real, and by what.
+    """
+    report = FusionReport(_layers(model))
+    if inputs:
+        events = {layer.name: layer.events for layer in report}
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with lazy.listening(lambda name, what: events.get(name, []).append(what)):
+                model(*inputs)
+        finally:
+            for module in training:
+                module.training = True
+    return report

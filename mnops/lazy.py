@@ -1,0 +1,343 @@
+"""A pending tensor that passes for a real one: what fused convolutions hand on inside anybody's model.
+
+The model's own code runs, line by line. A fused convolution (mnops/fuse.py) returns a LazyTensor; batch_norm
+and an activation applied to it are noted, not computed; the next fused convolution applies them as it loads.
+Anything else that touches it gets the real tensor, computed once: nothing needs tracing, and control flow,
+shared modules, hooks, branches and in-place operations mean what they mean without mnops.
+
+Two layers make it sound. `__torch_function__` sees what Python code does, above autograd. What goes round it
+(an autograd.Function of the user, a backward hook, C++) finds a tensor whose grad_fn is that of the real one
+and whose values come by `__torch_dispatch__`.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnops import backends, ops
+from mnops.functional import refuse_single_value, update_running
+from mnops.ops import Pending
+from mnops.ops import _contract as c
+from mnops.ops import _register as r
+
+
+class FallbackWarning(UserWarning):
+    """A fused layer ran as stock modules."""
+
+
+class Raw(NamedTuple):
+    """A convolution's stored output, its statistics if it measured them, and the bias that it lacks."""
+
+    y: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    bias: Tensor | None
+
+
+# ---- what happens, told to whoever listens ----
+
+_listeners: list[Callable[[str, str], None]] = []
+
+
+def tell(source: str, what: str) -> None:
+    for listener in _listeners:
+        listener(source, what)
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[str, str], None]) -> Iterator[None]:
+    """Calls listener(name of the convolution, what became of its output) at every such event."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+_warn = False
+
+
+class fallback_warnings:
+    """Switch: warn (FallbackWarning) whenever a fused layer runs as stock modules, and say why.
+
+    mnops.fallback_warnings(True) sets it for good; `with mnops.fallback_warnings(): ...` within the block.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        global _warn
+        self.previous, _warn = _warn, enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        global _warn
+        _warn = self.previous
+
+
+def fell_back(source: str, why: str) -> None:
+    if _listeners:
+        tell(source, f"stock: {why}")
+    if _warn:
+        said = f"mnops: {source or 'a fused layer'} ran as stock modules: {why}"
+        warnings.warn(said, FallbackWarning, stacklevel=3)
+
+
+# ---- the tensor ----
+
+
+class LazyTensor(Tensor):
+    """z = act(norm(y)) as `pending` says, not computed. real(z) computes it, as any use does but a few.
+
+    Attributes:
+        pending: None once the tensor was changed in place; then only `real` knows.
+        raw: of a convolution's own output, before any norm.
+        nchw: the memory format that stock modules would have given z.
+        source: the name of the convolution.
+    """
+
+    pending: Pending | None
+    raw: Raw | None
+    nchw: bool
+    source: str
+    _data: Tensor | None  # z, without autograd
+    _real: Tensor | None  # z, with it
+    _version_seen: int
+
+    @staticmethod
+    def __new__(cls, y: Tensor, nchw: bool) -> "LazyTensor":
+        _, channels, height, width = y.shape
+        pixels = height * width
+        strides = (channels * pixels, pixels, width, 1) if nchw else y.stride()
+        lazy = Tensor._make_wrapper_subclass(cls, y.shape, strides=strides, dtype=y.dtype, device=y.device)
+        lazy._data = lazy._real = None
+        return lazy
+
+    def __init__(self, y: Tensor, nchw: bool) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        rule = RULES.get(func)
+        if rule is not None:
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return _on_real(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and type(args[0]) is LazyTensor:  # from _become
+            return args[0]
+        written = (a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        if any(w and type(a) is LazyTensor for w, a in zip(written, args)):
+            raise RuntimeError(
+                f"{func} changes a tensor that mnops left pending, out of autograd's sight: give it "
+                "x.clone(), or leave the layer before it out of mnops.fuse by filter_fn"
+            )
+        args, kwargs = torch.utils._pytree.tree_map_only(LazyTensor, data, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _Defer(torch.autograd.Function):
+    """Makes the LazyTensor, with the backward of the norm_act that was not run."""
+
+    @staticmethod
+    def forward(ctx, x, mean, var, gamma, beta, eps, act, nchw):
+        ctx.rest = (eps, act)
+        ctx.identity = mean is None and act == "none"
+        ctx.save_for_backward(x, mean, var, gamma, beta)
+        return LazyTensor(x, nchw)
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.identity:
+            return g, *(None,) * 7
+        namespace = backends.choose("norm_act_backward", g.device.type)
+        op = getattr(torch.ops, namespace).norm_act_backward.default
+        return *r.norm_backward(op, ctx, g), None
+
+
+class _Materialise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lazy):
+        return data(lazy).detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def lazy(pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> LazyTensor:
+    pending = Pending(*c.pending_args(pending, cast=False))
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in pending):
+        out = _Defer.apply(*pending, nchw)
+    else:
+        out = LazyTensor(pending.x, nchw)
+    out.pending, out.raw, out.nchw, out.source = pending, raw, nchw, source
+    return out
+
+
+def lazy_output(
+    y: Tensor, mean: Tensor, var: Tensor, bias: Tensor | None, nchw: bool, source: str
+) -> LazyTensor:  # fmt: skip
+    """The output of a convolution: mean and var as the op gave them, (0,) if it did not measure."""
+    raw = Raw(y, mean, var, bias) if mean.numel() else Raw(y, None, None, bias)
+    if bias is None:
+        return lazy(Pending(y), nchw, source, raw)
+    wide = bias.to(c.wide(y))
+    return lazy(Pending(y, -wide, torch.ones_like(wide), eps=0.0), nchw, source, raw)
+
+
+def data(z: LazyTensor) -> Tensor:
+    """The values, computed at the first call; no autograd."""
+    if z._data is None:
+        with torch.no_grad():
+            out = ops.norm_act(z.pending)
+            if out is z.pending.x and z.raw is not None and z.raw.mean is not None:
+                out = out.clone()  # the convolution keeps y for its backward: nobody may change it
+            z._data = (out.contiguous() if z.nchw else out).detach()
+        z._version_seen = -1 if z._data.is_inference() else z._data._version
+    return z._data
+
+
+def real(z: Tensor) -> Tensor:
+    """z as a plain tensor, connected to autograd; what is not a LazyTensor is given back."""
+    if type(z) is not LazyTensor:
+        return z
+    with torch._C.DisableTorchFunctionSubclass():
+        wanted = torch.is_grad_enabled() and z.requires_grad
+    if z._real is None or (wanted and not z._real.requires_grad):
+        z._real = _Materialise.apply(z) if wanted else data(z).detach()
+    return z._real
+
+
+def pending_of(x: Tensor) -> Tensor | Pending:
+    """What a fused convolution loads. That x was made real meanwhile is no matter: a checkpoint must save the
+    same tensors when it runs again."""
+    if type(x) is not LazyTensor:
+        return x
+    return x.pending if unchanged(x) else real(x)
+
+
+def unchanged(z: LazyTensor) -> bool:
+    """Whether `pending` still describes z."""
+    if z.pending is None:
+        return False
+    return z._data is None or (z._version_seen >= 0 and z._data._version == z._version_seen)
+
+
+def _become(old: LazyTensor, new: Tensor) -> None:
+    """old = new, in place: for autograd old.copy_(new) over a value that nothing depends on any more."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if torch.is_grad_enabled() and (old.requires_grad or new.requires_grad):
+            old.detach_().copy_(new)
+    if type(new) is LazyTensor:
+        old.pending, old.raw, old._data, old._real = new.pending, None, new._data, new._real
+    else:
+        old.pending, old.raw, old._data, old._real = None, None, new.detach(), new
+
+
+def _on_real(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """The function on real tensors; those it changed in place stay so."""
+    seen: list[LazyTensor] = []
+
+    def look(z: LazyTensor) -> Tensor:
+        if z._data is None and _listeners:
+            tell(z.source, f"made real by {getattr(func, '__name__', func)}")
+        out = real(z)
+        seen.append(z)
+        return out
+
+    def walk(a: Any) -> Any:
+        if type(a) is LazyTensor:
+            return look(a)
+        if type(a) in (tuple, list):
+            return type(a)(walk(item) for item in a)
+        return a
+
+    args, kwargs = walk(args), {name: walk(value) for name, value in kwargs.items()}
+    before = [-1 if z._data.is_inference() else z._data._version for z in seen]
+    result = func(*args, **kwargs)
+    for z, version in zip(seen, before):
+        if version >= 0 and z._data._version != version:
+            _become(z, z._real)
+    return result
+
+
+# ---- what is noted, not computed ----
+
+
+def _batch_norm(
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):  # fmt: skip
+    if type(x) is not LazyTensor or x.raw is None or not unchanged(x):
+        return NotImplemented
+    y, mean, var, shift = x.raw
+    if training:
+        if mean is None:
+            fell_back(x.source, "its BatchNorm is in training mode, and the convolution in eval mode")
+            return NotImplemented
+        count = y.numel() // y.shape[1]
+        refuse_single_value(count, y)
+        if running_mean is not None:
+            shifted = mean if shift is None else mean + shift
+            update_running(running_mean, running_var, shifted, var, count, momentum)
+        if shift is not None:  # shift - shift: a gradient of zero for whoever waits for one (DDP)
+            mean = mean + (shift - shift)
+    elif running_mean is None or running_var is None:
+        return NotImplemented
+    else:
+        mean, var = running_mean, running_var
+        if shift is not None:
+            mean = mean.to(c.wide(y)) - shift
+    return lazy(Pending(y, mean, var, weight, bias, eps), x.nchw, x.source)
+
+
+def _activate(x: Tensor, act: str, inplace: bool) -> Any:
+    if type(x) is not LazyTensor or not unchanged(x) or x.pending.act != "none":
+        return NotImplemented
+    if inplace and x._data is not None:  # somebody has that tensor: it must change
+        return NotImplemented
+    z = lazy(x.pending._replace(act=act), x.nchw, x.source)
+    if not inplace:
+        return z
+    _become(x, z)
+    return x
+
+
+def _activation(act: str) -> Callable:
+    return lambda input, inplace=False: _activate(input, act, inplace)
+
+
+def _in_place(act: str) -> Callable:
+    return lambda input: _activate(input, act, True)
+
+
+def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
+    return _activate(input, "relu6", inplace) if (min_val, max_val) == (0, 6) else NotImplemented
+
+
+METADATA = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__,
+    Tensor.requires_grad.__get__, Tensor.ndim.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__,
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__,
+    Tensor.is_contiguous, Tensor.is_floating_point, Tensor.get_device, torch.is_floating_point, torch.numel,
+}  # fmt: skip
+
+RULES: dict[Callable, Callable] = {
+    F.batch_norm: _batch_norm,
+    F.relu: _activation("relu"), torch.relu: _activation("relu"), Tensor.relu: _activation("relu"),
+    torch.relu_: _in_place("relu"), Tensor.relu_: _in_place("relu"),
+    F.relu6: _activation("relu6"), F.hardtanh: _hardtanh,
+    F.hardswish: _activation("hardswish"), F.silu: _activation("silu"),
+}  # fmt: skip
