@@ -13,6 +13,11 @@ import torch
 import mnops
 from mnops import backends
 
+if backends.INTERPRETED:
+    import interpreter
+
+    interpreter.mend()
+
 # No deadline: a first call on a busy machine may take long. derandomize: a failure is everybody's.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)

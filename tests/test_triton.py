@@ -1,0 +1,96 @@
+"""The Triton backend without a GPU: kernels under the interpreter, and as torch.compile and export see them.
+
+On a GPU the tests of ops run on the compiled kernels as on every other backend's.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnops  # noqa: F401
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+HERE = Path(__file__).parent
+
+
+def test_kernels_under_the_interpreter():
+    """In a process of its own: Triton looks for TRITON_INTERPRET where it is imported."""
+    file = str(HERE / "triton_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE.parent, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-20000:]}{result.stderr[-2000:]}"
+    print(result.stdout.splitlines()[-1])
+
+
+class Pretended:
+    """A driver of a GPU that is not there, for tracing, which only asks what it would compile for."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton.runtime.driver, "_active", Pretended())
+
+
+X = torch.randn(2, 16, 6, 5).bfloat16().to(memory_format=torch.channels_last)
+NORM = [torch.rand(16) + 0.5 for _ in range(4)]
+PENDING = (*NORM, 1e-5, "relu")
+CALLS = {  # op: arguments, kernels forward, kernels backward
+    "depthwise_conv2d": ((X, torch.randn(16, 1, 3, 3), *PENDING, [1, 1], [1] * 4, [1, 1], True), 2, 2),
+    "pointwise_conv2d": ((X, torch.randn(32, 16, 1, 1), *PENDING, True), 3, 3),
+    "norm_act": ((X, *PENDING), 1, 2),
+    "norm_act_pool": ((X, *PENDING), 1, 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("op", CALLS)
+def test_compilers_see_the_kernels(op, driver):
+    """AOTAutograd's graphs hold the launches, forward and backward, and no opaque op."""
+    from torch._functorch.aot_autograd import aot_function
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    arguments, forward, backward = CALLS[op]
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+
+    def call(*given):
+        replaced = dict(zip(tensors, given))
+        return getattr(torch.ops.mnops_triton, op)(*(replaced.get(i, a) for i, a in enumerate(arguments)))
+
+    with torch._subclasses.FakeTensorMode() as mode:
+        given = [mode.from_tensor(arguments[i]).detach().requires_grad_() for i in tensors]
+        outputs = aot_function(call, fw_compiler=keep, bw_compiler=keep)(*given)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        torch.autograd.grad(outputs, given, [torch.empty_like(o) for o in outputs])
+    counts = [sum(name == "triton_kernel_wrapper_functional" for name in names) for names in graphs]
+    assert counts == [forward, backward]
+    assert not any("mnops" in name for names in graphs for name in names)
+
+
+def test_export_keeps_the_op():
+    """A program that is exported on one machine finds the kernels on the next."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x, weight):
+            return torch.ops.mnops_triton.pointwise_conv2d(x, weight, *NORM, 1e-5, "relu", False)[0]
+
+    program = torch.export.export(Module(), CALLS["pointwise_conv2d"][0][:2])
+    for p in (program, program.run_decompositions()):
+        assert "mnops_triton.pointwise_conv2d.default" in {str(n.target) for n in p.graph.nodes}
