@@ -7,6 +7,7 @@ COMMANDS = {
     "info": ("mnops.info", "what was built, what this machine has, which backend serves which op"),
     "train": ("mnops.train.cli", "train MobileNet on a folder of images or the built-in ones, and test it"),
     "tables": ("mnops.tables", "the resource tables of the paper, as printed and as counted"),
+    "grid": ("mnops.grid", "train the paper's models, width x resolution, and plot accuracy against cost"),
     "bench": ("mnops.bench", "measure ops and networks against stock PyTorch"),
     "report": ("mnops.report", "tables of the measured results"),
 }

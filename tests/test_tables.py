@@ -127,7 +127,8 @@ def test_whatever_differs_or_is_missing_has_a_remark(number):
 
 
 def test_the_remarks_numbers():
-    remark = {(n, line.label): line.remark for n in ("4", "7", "9", "12") for line in tables.TABLES[n]().lines}
+    some = {n: tables.TABLES[n]() for n in ("4", "7", "9", "12")}
+    remark = {(n, line.label): line.remark for n, table in some.items() for line in table.lines}
     assert "4,866,269,184" in remark["4", "Conv MobileNet"]  # the printed 4866, 290 and 76
     assert "289,651,200" in remark["7", "1.0 MobileNet-160"]
     assert "76,012,800" in remark["9", "0.5 MobileNet-160"]

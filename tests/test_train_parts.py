@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import mnops
-from mnops.train import TrainError, checkpoint, data, log, loop, optim, schedule
+from mnops.train import TrainError, checkpoint, cli, data, log, loop, optim, schedule
 from mnops.train.distributed import World
 
 CPU = torch.device("cpu")
@@ -313,3 +313,17 @@ def test_the_average_of_weights_is_tensorflows():
         own, decay = net[0].weight.detach(), min(0.15, (1 + n) / (10 + n))
         expected = own if expected is None else decay * expected + (1 - decay) * own
     torch.testing.assert_close(trainer.judged[0].weight.detach(), expected)
+
+
+def test_tf_slims_start_is_a_truncated_normal():
+    """Deviation 0.09, cut at two deviations, as its truncated_normal_initializer: 0.88 of it is left."""
+    s = Namespace(**{**cli.DEFAULTS, **cli.PRESETS["tf-slim"], "variant": "shallow"})
+    model = cli.build_model(s, 10, CPU)
+    assert [len(stage) for stage in model.blocks] == [1, 2, 2, 1, 2]
+    for module in (model.blocks[4][1].conv_pw, model.blocks[4][1].conv_dw, model.classifier):
+        weight = module.weight.detach()
+        assert weight.abs().max() <= 0.18
+        assert weight.std().item() == pytest.approx(0.88 * 0.09, rel=0.03)
+    assert (model.classifier.bias == 0).all()
+    he = cli.build_model(Namespace(**cli.DEFAULTS), 10, CPU)
+    assert he.blocks[4][1].conv_pw.weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.01)

@@ -1,4 +1,4 @@
-"""MobileNet's variants: the layer table drives the network; fused equals stock for each; end points; counts."""
+"""MobileNet's variants: the layer table drives the network; fused equals stock for each; end points."""
 
 import copy
 
@@ -88,7 +88,7 @@ def test_shallow_mobilenet_lacks_the_five_14x14x512_layers():
 
 
 def test_depth_multiplier_is_outputs_per_input():
-    """Output c * m + j is input c under filter j, as TensorFlow's (kh, kw, C, m) and Keras' DepthwiseConv2D."""
+    """Output c * m + j is input c under filter j, as in TensorFlow's (kh, kw, C, m) and in Keras."""
     model = make(depth_multiplier=2)
     conv = model.blocks[1][0].conv_dw
     assert (conv.in_channels, conv.out_channels, conv.groups) == (16, 32, 16)

@@ -15,7 +15,8 @@ from . import TrainError
 DEFAULTS: dict[str, Any] = dict(
     data=None, val_fraction=0.1, size=224, crop_scale=[0.35, 1.0], crop_ratio=[0.75, 1.3333], flip=0.5,
     pad=0.0, crop=0.875, workers=None, verify=None,
-    width=1.0, act="relu", padding="symmetric", bn_eps=1e-5, bn_momentum=0.1, dropout=0.0, stock=False,
+    width=1.0, variant="separable", act="relu", padding="symmetric", bn_eps=1e-5, bn_momentum=0.1,
+    dropout=0.0, init="he", stock=False,
     optimizer="rmsprop", lr=0.045, momentum=0.9, decay=0.9, eps=1.0, weight_decay=4e-5, epochs=100,
     batch_size=128, accumulate=1, schedule="cosine", warmup_epochs=0.0, decay_rate=0.94, decay_epochs=2.5,
     smoothing=0.0, mixup=0.0, ema=0.0, sync_bn=False, seed=0,
@@ -24,12 +25,12 @@ DEFAULTS: dict[str, Any] = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "tf-slim": dict(act="relu6", padding="same", bn_eps=1e-3, bn_momentum=0.0003, dropout=0.001,
-                    batch_size=64, schedule="exponential"),
+                    init="tf-slim", batch_size=64, schedule="exponential"),
     "digits": dict(size=64, crop_scale=[0.85, 1.1], crop_ratio=[0.9, 1.1], flip=0.0, pad=0.125, crop=1.0,
                    width=0.5, epochs=40, batch_size=32, warmup_epochs=1.0, weight_decay=5e-4, ema=0.99,
                    compare=12.0),
 }
-MODEL = {"width", "act", "padding", "bn_eps"}  # what weights are made for
+MODEL = {"width", "variant", "act", "padding", "bn_eps"}  # what weights are made for
 RUN = {"data", "workers", "verify", "device", "out", "resume", "overwrite", "evaluate",
        "checkpoint_steps", "log_steps", "tensorboard", "compare"}  # what a resumed run may change
 
@@ -86,11 +87,15 @@ def parser() -> argparse.ArgumentParser:
 
     add = group("model")
     add("--width", "width multiplier", positive)
+    add("--variant", "conv: full convolutions; shallow: five layers less",
+        choices=["separable", "conv", "shallow"])
     add("--act", "activation", choices=["relu", "relu6", "hardswish", "silu"])
     add("--padding", "same: TensorFlow's, one-sided at stride 2", choices=["symmetric", "same"])
     add("--bn-eps", "epsilon of BatchNorm", positive)
     add("--bn-momentum", "share of a new batch in the running statistics", share)
     add("--dropout", "share of dropped features before the classifier", number(float, 0, 0.999))
+    add("--init", "start of the weights: He's normal, or TF-slim's truncated one of deviation 0.09",
+        choices=["he", "tf-slim"])
     add("--stock", "the same network through PyTorch's own ops", action="store_true")
 
     add = group("optimisation")
@@ -172,14 +177,19 @@ def build_model(s: Namespace, classes: int, device):
     import torch
 
     import mnops
+    from mnops.models import VARIANTS
 
     torch.manual_seed(s.seed)
     try:
         model = mnops.MobileNet(num_classes=classes, width_mult=s.width, act=s.act, bn_eps=s.bn_eps,
                                 bn_momentum=s.bn_momentum, dropout=s.dropout, padding=s.padding,
-                                fused=not s.stock)
+                                fused=not s.stock, stages=VARIANTS[s.variant])
     except ValueError as e:  # the network knows its own limits
         raise TrainError(str(e)) from e
+    if s.init == "tf-slim":
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                torch.nn.init.trunc_normal_(module.weight, std=0.09, a=-0.18, b=0.18)
     # The fused ops take weights as they are and give contiguous gradients.
     layout = torch.channels_last if s.stock and s.channels_last else torch.contiguous_format
     return model.to(device=device, memory_format=layout)
@@ -225,7 +235,8 @@ def report(result: dict[str, float], images: int, rank: int) -> None:
               f"loss {result['loss']:.4f}, {images} images)", flush=True)
 
 
-def run_training(explicit: dict[str, Any]) -> int:
+def train(explicit: dict[str, Any]) -> dict[str, float]:
+    """One run with these options, the others at their presets; what the test after the last epoch found."""
     import torch
 
     from . import checkpoint
@@ -263,15 +274,21 @@ def run_training(explicit: dict[str, Any]) -> int:
             if not resume:
                 for name in ("last.pt", "best.pt"):
                     (path.parent / name).unlink(missing_ok=True)
+            kind, weights = "stock" if s.stock else "fused", sum(p.numel() for p in model.parameters())
             print(f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} "
-                  f"classes; MobileNet {s.width:g}-{s.size} ({'stock' if s.stock else 'fused'}), "
-                  f"{sum(p.numel() for p in model.parameters()):,} weights, {w.device} x {w.size}, "
-                  f"{torch.get_num_threads()} threads; logs and checkpoints in {path.parent}", flush=True)
+                  f"classes; MobileNet {s.width:g}-{s.size} ({s.variant}, {kind}), {weights:,} weights, "
+                  f"{w.device} x {w.size}, {torch.get_num_threads()} threads; logs and checkpoints in "
+                  f"{path.parent}", flush=True)
         result = trainer.fit()
         report(result, len(data.test), w.rank)
         if s.compare and w.size == 1:
             from .compare import compare_steps
             print(compare_steps(trainer.model, *trainer.sample(), s, len(data.classes)), flush=True)
+    return result
+
+
+def run_training(explicit: dict[str, Any]) -> int:
+    train(explicit)
     return 0
 
 
