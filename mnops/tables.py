@@ -118,6 +118,35 @@ def peer(name: str, size: int, classes: int = 1000) -> Count | None:
     return count(lambda: getattr(models, name)(num_classes=classes, **more), 3, size, size)
 
 
+class _Detector(nn.Module):
+    """What a detector computes for one image, without the choice of boxes, which counts nothing."""
+
+    def __init__(self, kind: str, size: int) -> None:
+        from mnops.models import detection
+
+        super().__init__()
+        self.kind = kind
+        self.detector = detection.ssd300() if kind == "ssd" else detection.faster_rcnn(size=size)
+
+    def forward(self, x: torch.Tensor) -> None:
+        maps = list(self.detector.backbone(x).values())
+        if self.kind == "ssd":
+            self.detector.head(maps)
+            return
+        self.detector.rpn.head(maps)
+        heads, crops = self.detector.roi_heads, maps[0].new_empty(300, maps[0].shape[1], 14, 14)
+        heads.box_predictor(heads.box_head(crops))
+
+
+@functools.lru_cache
+def detector(kind: str, size: int) -> Count | None:
+    """The count of "ssd" or "faster_rcnn" on size x size; None where torchvision does not import."""
+    try:
+        return count(lambda: _Detector(kind, size), 3, size, size)
+    except ImportError:
+        return None
+
+
 # ---- tables ----
 
 
@@ -172,15 +201,22 @@ def _line(
     if found is None:
         return Line(label, (Cell(mult_adds, ""), Cell(parameters, "")), remark)
     size = found.parameters if biases else found.weights
-    why = "" if agrees(mult_adds, found.mult_adds / unit) else _explained(mult_adds, unit, *found.totals)
+    remarks = [remark]
+    if not agrees(mult_adds, found.mult_adds / unit):
+        remarks.insert(0, _explained(mult_adds, unit, *found.totals))
+    if not agrees(parameters, size / 1e6) and agrees(parameters, found.parameters / 1e6):
+        remarks.append(f"{parameters} is with biases and norms: {found.parameters:,}")
     cells = Cell(mult_adds, f"{found.mult_adds:,}"), Cell(parameters, f"{size:,}")
-    return Line(label, cells, "; ".join(filter(None, [why, remark])))
+    return Line(label, cells, "; ".join(filter(None, remarks)))
+
+
+INSTALL = "pip install torchvision, the one made for this torch"
 
 
 def _peer(label: str, mult_adds: str, parameters: str, found: Count | None, remark: str) -> Line:
     """A network of torchvision; parameters with biases and norms, as its own paper counts."""
     if found is None:
-        remark = "not counted: pip install torchvision, the one made for this torch"
+        remark = f"not counted: {INSTALL}"
     return _line(label, mult_adds, parameters, found, remark, biases=True)
 
 
@@ -353,6 +389,27 @@ def table_12() -> Table:
     return _resources("12", "Face attributes, counted without a last layer", *lines)
 
 
+def table_13() -> Table:
+    ssd, small, large = detector("ssd", 300), detector("faster_rcnn", 300), detector("faster_rcnn", 600)
+    other = "a detector of the paper that is not in this package"
+    absent = "" if ssd else f"not counted: {INSTALL}"
+    lines = [
+        _line(label, *printed, found, absent if label.endswith("MobileNet") else other, unit=10**9)
+        for label, found, *printed in [
+            ("SSD 300 deeplab-VGG", None, "34.9", "33.1"), ("SSD 300 Inception V2", None, "3.8", "13.7"),
+            ("SSD 300 MobileNet", ssd, "1.2", "6.8"),
+            ("Faster-RCNN 300 VGG", None, "64.3", "138.5"),
+            ("Faster-RCNN 300 Inception V2", None, "118.2", "13.3"),
+            ("Faster-RCNN 300 MobileNet", small, "25.2", "6.1"),
+            ("Faster-RCNN 600 VGG", None, "149.6", "138.5"),
+            ("Faster-RCNN 600 Inception V2", None, "129.6", "13.3"),
+            ("Faster-RCNN 600 MobileNet", large, "30.5", "6.1"),
+        ]
+    ]  # fmt: skip
+    columns = "detector", "billion mult-adds", "million parameters"
+    return Table("13", "Object detection, 91 classes with the background", columns, tuple(lines))
+
+
 def table_14() -> Table:
     lines = [_line("FaceNet", "1600", "7.5", None, "not counted: no public implementation to count")]
     head = "the layer that makes the embedding, which the parameters include, is not described"
@@ -385,7 +442,8 @@ def _exact(label: str, found: Count) -> Line:
 
 TABLES = {
     "1": table_1, "2": table_2, "3": table_3, "4": table_4, "5": table_5, "6": table_6, "7": table_7,
-    "8": table_8, "9": table_9, "10": table_10, "12": table_12, "14": table_14, "F": figures,
+    "8": table_8, "9": table_9, "10": table_10, "12": table_12, "13": table_13,
+    "14": table_14, "F": figures,
 }  # fmt: skip
 
 # ---- output ----

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnops
+from benchmarks import shapes, stock
 from mnops import tables
 from mnops.__main__ import main as commands
-from mnops.models import VARIANTS
+from mnops.models import STAGES, VARIANTS
 
 # arXiv:1704.04861, counted exactly: mult-adds at 224, 192, 160, 128; weights; parameters of torch
 COUNTS = {
@@ -85,6 +86,20 @@ def test_table_1_finds_the_misprinted_stride():
     cell = tables.Cell("Conv dw / s2", "Conv dw / s1")
     assert [d for d in differ if d[1]] == [("blocks.4.1.conv_dw", [cell])]
     assert [line.label for line in table.lines if line.remark] == ["blocks.4.1.conv_dw"]
+
+
+def test_the_benchmarks_measure_the_same_layers():
+    kinds = {"3x3": "stem", "1x1": "pointwise", "depthwise": "depthwise"}
+    ours = [
+        (kinds[layer.kind], layer.input[0], layer.weight[0], *layer.input[1:], layer.weight[2], layer.stride)
+        for layer in tables.mobilenet().layers[:-1]
+    ]
+    measured = [
+        (row.op, row.channels, row.out_channels, row.height, row.width, row.kernel, row.stride)
+        for row in shapes.layers("mobilenet_v1") for _ in range(row.count)
+    ]  # fmt: skip
+    assert sorted(measured) == sorted(ours)
+    assert [[tuple(row) for row in stage] for stage in stock.STAGES] == [list(stage) for stage in STAGES]
 
 
 def disagreements(table):
@@ -177,6 +192,25 @@ def test_peers():
     assert (found["alexnet"].mult_adds, found["alexnet"].parameters) == (714_188_480, 61_100_840)
     assert (found["vgg16"].mult_adds, found["vgg16"].parameters) == (15_470_264_320, 138_357_544)
     assert found["vgg16"].totals[1] == 123_633_664
+
+
+def test_detectors():
+    torchvision_support.load()
+    pytest.importorskip("mnops.models.detection")
+    tables.detector.cache_clear()
+    ssd = tables.detector("ssd", 300)
+    assert (ssd.mult_adds, ssd.weights) == (1_237_129_408, 6_791_360)
+    table = tables.table_13()
+    counted = {line.label: line.cells[0].counted for line in table.lines if line.cells[0].counted}
+    assert counted == {
+        "SSD 300 MobileNet": "1,237,129,408",
+        "Faster-RCNN 300 MobileNet": "25,223,422,912",  # printed in billions: 25.2 and 30.5
+        "Faster-RCNN 600 MobileNet": "30,486,057,088",
+    }
+    differ = list(disagreements(table))
+    assert differ == [(f"Faster-RCNN {size} MobileNet", "6.1") for size in (300, 600)]
+    remarks = {line.label: line.remark for line in table.lines}
+    assert all("6.1 is with biases and norms: 6,063,939" in remarks[label] for label, _ in differ)
 
 
 def test_without_torchvision_the_table_says_so(monkeypatch):
