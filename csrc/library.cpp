@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(mnops, m) {
   m.def("stem_conv2d_backward(" INCOMING ", Tensor x, Tensor weight, " PENDING ", " STEM_GEOMETRY
         ", bool need_input, bool need_weight) -> " CONV_GRADS);
 
-  m.def("norm_act(Tensor x, " PENDING ") -> Tensor");
+  m.def("norm_act(Tensor x, " PENDING ", Tensor? residual=None) -> Tensor");  // z + residual
   m.def("norm_act_backward(Tensor g, Tensor x, " PENDING ") -> " NORM_GRADS);
 
   m.def("norm_act_pool(Tensor x, " PENDING ") -> Tensor");

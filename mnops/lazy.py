@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnops import backends, ops
 from mnops.functional import refuse_single_value, update_running
@@ -326,6 +326,35 @@ def _in_place(act: str) -> Callable:
 def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
     return _activate(input, "relu6", inplace) if (min_val, max_val) == (0, 6) else NotImplemented
 
+
+def _add(a, b, *, alpha=1):
+    """A sum with a pending norm: one pass, in which z is not stored."""
+    for x, other in ((a, b), (b, a)):
+        if type(x) is LazyTensor and unchanged(x) and x.pending.mean is not None and not x.nchw:
+            break
+    else:
+        return NotImplemented
+    if alpha != 1 or type(other) not in PLAIN or other.shape != x.shape or other.dtype != x.dtype or a is b:
+        return NotImplemented
+    if other.device != x.device:
+        return NotImplemented
+    if _listeners:
+        tell(x.source, "made real with its sum")
+        if type(other) is LazyTensor and other._data is None:
+            tell(other.source, "made real by add")
+    return ops.norm_act(x.pending, real(other))
+
+
+def _add_in_place(a, b, *, alpha=1):
+    if type(a) is not LazyTensor or a._data is not None:
+        return NotImplemented
+    out = _add(a, b, alpha=alpha)
+    if out is not NotImplemented:
+        _become(a, out)
+    return out
+
+
+PLAIN = (Tensor, nn.Parameter, LazyTensor)
 
 METADATA = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__,

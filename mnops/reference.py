@@ -209,10 +209,11 @@ def stem_conv2d_backward(
 
 def norm_act(
     x: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
-    eps: float = 1e-5, act: str = "none",
+    eps: float = 1e-5, act: str = "none", residual: Tensor | None = None,
 ) -> Tensor:
-    """z, (N, C, H, W): the pending norm and activation applied."""
-    return _store(ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps)), x)
+    """z + residual, (N, C, H, W): the pending norm and activation applied. dresidual is g."""
+    z = ACTIVATIONS[act][0](_pre(x, mean, var, gamma, beta, eps))
+    return _store(z if residual is None else z + residual, x)
 
 
 def norm_act_backward(

@@ -377,6 +377,8 @@ def test_norm_act_and_pool(variant, size, act, rng):
     norm = Norm(rng, size[2], act, dtype)
     z = norm.z(xw)
     close(C.norm_act(isa, x, norm.given), z, STORED[dtype], "z")
+    residual, residual_w = draw(rng, size, dtype)
+    close(C.norm_act(isa, x, norm.given, residual), z + residual_w, STORED[dtype], "z + residual", np.abs(z))
     close(C.norm_act_pool(isa, x, norm.given), z.mean(1), STORED[dtype], "pooled", np.abs(z).mean(1))
 
     g, gw = draw(rng, size, dtype)

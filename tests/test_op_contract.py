@@ -37,6 +37,8 @@ def test_opcheck(namespace, name):
     op = getattr(getattr(torch.ops, namespace), name).default
     for args in op_samples(name):
         torch.library.opcheck(op, args)
+        if name == "norm_act":
+            torch.library.opcheck(op, (*args, torch.randn_like(args[0])))
 
 
 @namespaces
@@ -149,6 +151,9 @@ BAD = [
     (lambda: ops.stem_conv2d(X, STEM, padding=-2), r"stem_conv2d: padding must not be negative"),
     (lambda: ops.norm_act(Pending(X[0], V, V)), r"norm_act: x must be \(N, C, H, W\)"),
     (lambda: ops.norm_act(Pending(X, V[:1], V)), r"norm_act: mean must be \(C,\)"),
+    (lambda: ops.norm_act(Pending(X, V, V), X[:1]), r"norm_act: residual must be .* as x, got \(1, 8"),
+    (lambda: ops.norm_act(Pending(X, V, V), X.half()), r"residual must be torch.float32 as x"),
+    (lambda: ops.norm_act(Pending(X, V, V), X.to("meta")), r"residual must be on cpu as x, got meta"),
     (lambda: ops.norm_act_pool(X[0]), r"norm_act_pool: x must be \(N, C, H, W\)"),
     (lambda: ops.norm_act_pool(Pending(X, V, V, act="?")), r"norm_act_pool: act must be one of"),
 ]

@@ -230,6 +230,36 @@ def test_norm_act_against_reference(device, op, layout, act, dtype):
         assert_as_exact(run, by_reference(run), exact, draws, shape)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "nchw", "sliced"])
+def test_norm_act_with_a_residual(device, layout, dtype):
+    """The sum is rounded once; its gradient passes to the residual as it is."""
+
+    def run(op, x, mean, var, gamma, beta, residual, g):
+        *leaves, residual = (t.detach().clone().requires_grad_() for t in (x, mean, var, gamma, beta, residual))
+        z = op(Pending(*leaves, 1e-3, "silu"), residual)
+        names = ("z", "dx", "dmean", "dvar", "dgamma", "dbeta", "dresidual")
+        return dict(zip(names, (z, *torch.autograd.grad(z, [*leaves, residual], g))))
+
+    case = Case("", "", (2, 13, 7, 5), layout=layout)
+    draws = [
+        (*draw_norm(ops.norm_act, case, dtype, device)[:-1], case.x(dtype, device),
+         torch.randn(case.shape).to(device, dtype)) for _ in enough(13)
+    ]  # fmt: skip
+    ours = functools.partial(run, ops.norm_act)
+    exact = functools.partial(run, lambda pending, residual: spelled_out(pending) + residual)
+    assert_as_exact(ours, by_reference(ours), exact, draws, layout)
+    z = ops.norm_act(Pending(*draws[0][:5], 1e-3, "silu"), draws[0][5].contiguous())
+    assert z.is_contiguous() == (layout == "nchw")
+
+
+def test_residual_alone(device):
+    x, residual = torch.randn(2, 2, 3, 4, 5, device=device)
+    torch.testing.assert_close(ops.norm_act(x, residual), x + residual)
+    torch.testing.assert_close(ops.norm_act(Pending(x), residual), x + residual)
+    torch.testing.assert_close(ops.norm_act(Pending(x, act="relu"), residual), x.relu() + residual)
+
+
 ONE_OF_EACH = [c for c in CASES if c.label == "plain"]
 each_op = pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 
@@ -380,6 +410,9 @@ def test_gradcheck_and_gradgradcheck_of_norms(device, op, act):
     inputs = [t.to(device, torch.float64).requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(lambda *t: op(Pending(*t, 1e-3, act)), inputs)
     assert torch.autograd.gradgradcheck(lambda *t: op(Pending(*t, 1e-3, act)), inputs)
+    if op is ops.norm_act:
+        inputs.append(torch.randn_like(inputs[0]).requires_grad_())
+        assert torch.autograd.gradgradcheck(lambda *t: op(Pending(*t[:5], 1e-3, act), t[5]), inputs)
 
 
 def test_third_derivative(device):

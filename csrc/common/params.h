@@ -72,6 +72,7 @@ template <class T> struct Pointwise {
 template <class T> struct Rows {
   int64_t n, hw, c;
   const void *x, *g;
+  const void* residual;    // added to z, not pooled (null: none)
   void* out;               // z forward, dx backward; pooled: [n][c]
   Norm<T> norm;
 };

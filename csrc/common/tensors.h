@@ -59,6 +59,12 @@ inline Act parse_act(const std::string& name) {
   return Act::none;
 }
 
+inline void check_residual(const Tensor& residual, const Tensor& x) {
+  bool same = residual.dim() == x.dim() && residual.scalar_type() == x.scalar_type() && residual.is_cuda() == x.is_cuda();
+  for (int64_t d = 0; same && d < x.dim(); d++) same = residual.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, "norm_act: residual must have the shape, dtype and device of x");
+}
+
 using MeasuredResult = std::tuple<Tensor, Tensor, Tensor>;
 using ConvGradResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using NormGradResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -6,21 +6,32 @@
 namespace mnops {
 namespace {
 
-template <bool pool>
-Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
-               const MaybeTensor& beta, double eps, std::string act) {
+Tensor run(bool pool, const Tensor& x, const PendingTensors& norm, const MaybeTensor& residual) {
   STD_TORCH_CHECK(x.dim() == 4, "norm_act: x must be (N, C, H, W), got ", x.dim(), " dimensions");
+  if (residual) check_residual(*residual, x);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> Tensor {
     using T = decltype(zero);
     const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3);
     STD_TORCH_CHECK(!pool || hw > 0, "norm_act_pool: the average of an empty map is not defined");
     const Tensor xl = channels_last(x);
-    const PendingArrays<T> pending({mean, var, gamma, beta, eps, act}, c);
+    const Tensor rl = residual ? channels_last(*residual) : xl;
+    const PendingArrays<T> pending(norm, c);
     const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type()) : empty_channels_last(x, {n, c, x.size(2), x.size(3)});
     if (z.numel())
-      norm_act<T>(kernels, torch_threads(), n, hw, c, pool, xl.const_data_ptr(), pending.pending, z.mutable_data_ptr());
+      norm_act<T>(kernels, torch_threads(), n, hw, c, pool, xl.const_data_ptr(), pending.pending,
+                  residual ? rl.const_data_ptr() : nullptr, z.mutable_data_ptr());
     return pool ? z : in_layout_of(x, z);
   });
+}
+
+Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
+               const MaybeTensor& beta, double eps, std::string act, const MaybeTensor& residual) {
+  return run(false, x, {mean, var, gamma, beta, eps, act}, residual);
+}
+
+Tensor forward_pool(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
+                    const MaybeTensor& beta, double eps, std::string act) {
+  return run(true, x, {mean, var, gamma, beta, eps, act}, std::nullopt);
 }
 
 template <bool pool>
@@ -46,9 +57,9 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnops, CPU, m) {
-  m.impl("norm_act", TORCH_BOX(&forward<false>));
+  m.impl("norm_act", TORCH_BOX(&forward));
   m.impl("norm_act_backward", TORCH_BOX(&backward<false>));
-  m.impl("norm_act_pool", TORCH_BOX(&forward<true>));
+  m.impl("norm_act_pool", TORCH_BOX(&forward_pool));
   m.impl("norm_act_pool_backward", TORCH_BOX(&backward<true>));
 }
 

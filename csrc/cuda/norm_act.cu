@@ -51,7 +51,8 @@ Cut cut(int64_t rows, int64_t c, int vec) {
 
 template <class S, class T, int VEC>
 __global__ void __launch_bounds__(threads_per_block)
-norm_act_forward(const S* __restrict__ x, S* __restrict__ z, int64_t rows, int64_t c, int64_t chunk, NormPointers<T> p) {
+norm_act_forward(const S* __restrict__ x, const S* __restrict__ residual, S* __restrict__ z, int64_t rows, int64_t c,
+                 int64_t chunk, NormPointers<T> p) {  // residual: added to z, may be null
   const int64_t c0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * VEC;
   if (c0 >= c) return;
   NormRegisters<T, VEC> n;
@@ -59,9 +60,11 @@ norm_act_forward(const S* __restrict__ x, S* __restrict__ z, int64_t rows, int64
   const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
   for (int64_t r = begin + threadIdx.y; r < end; r += blockDim.y) {
     const Pack<S, VEC> in = *reinterpret_cast<const Pack<S, VEC>*>(x + r * c + c0);
-    Pack<S, VEC> out;
+    Pack<S, VEC> added = {}, out;  // 0: bits of every S
+    if (residual) added = *reinterpret_cast<const Pack<S, VEC>*>(residual + r * c + c0);
 #pragma unroll
-    for (int i = 0; i < VEC; i++) narrow(activate(p.act, (widen<T>(in.v[i]) - n.mean[i]) * n.scale[i] + n.shift[i]), out.v[i]);
+    for (int i = 0; i < VEC; i++)
+      narrow(activate(p.act, (widen<T>(in.v[i]) - n.mean[i]) * n.scale[i] + n.shift[i]) + widen<T>(added.v[i]), out.v[i]);
     *reinterpret_cast<Pack<S, VEC>*>(z + r * c + c0) = out;
   }
 }
@@ -180,24 +183,25 @@ template <class S, class F> void with_vector(int64_t c, std::initializer_list<co
   else f(std::integral_constant<int, 1>{});
 }
 
-template <bool pool>
-Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
-               const MaybeTensor& beta, double eps, std::string act) {
+Tensor run(bool pool, const Tensor& x, const PendingTensors& args, const MaybeTensor& residual) {
   STD_TORCH_CHECK(x.dim() == 4, "norm_act: x must be (N, C, H, W), got ", x.dim(), " dimensions");
+  if (residual) check_residual(*residual, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3);
   STD_TORCH_CHECK(!pool || hw > 0, "norm_act_pool: the average of an empty map is not defined");
   const Tensor xl = channels_last(x);
+  const Tensor rl = residual ? channels_last(*residual) : xl;
   const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type()) : empty_channels_last(x, {n, c, x.size(2), x.size(3)});
   if (z.numel() == 0) return z;
   const cudaStream_t stream = current_stream(x);
   with_storage(x, [&](auto storage) {
     using S = decltype(storage);
     using T = typename Accumulator<S>::type;
-    const NormTensors<T> norm({mean, var, gamma, beta, eps, act}, c);
+    const NormTensors<T> norm(args, c);
     const S* in = static_cast<const S*>(xl.const_data_ptr());
+    const S* added = residual ? static_cast<const S*>(rl.const_data_ptr()) : nullptr;
     S* out = static_cast<S*>(z.mutable_data_ptr());
-    with_vector<S>(c, {in, out}, [&](auto vec) {
+    with_vector<S>(c, {in, added, out}, [&](auto vec) {
       constexpr int VEC = decltype(vec)::value;
       Cut k = cut(n * hw, c, VEC);
       if (pool) {
@@ -207,12 +211,22 @@ Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var,
           STD_CUDA_KERNEL_LAUNCH_CHECK();
         }
       } else {
-        norm_act_forward<S, T, VEC><<<k.grid, k.block, 0, stream>>>(in, out, n * hw, c, k.chunk, norm.pointers);
+        norm_act_forward<S, T, VEC><<<k.grid, k.block, 0, stream>>>(in, added, out, n * hw, c, k.chunk, norm.pointers);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       }
     });
   });
   return pool ? z : in_layout_of(x, z);
+}
+
+Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
+               const MaybeTensor& beta, double eps, std::string act, const MaybeTensor& residual) {
+  return run(false, x, {mean, var, gamma, beta, eps, act}, residual);
+}
+
+Tensor forward_pool(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
+                    const MaybeTensor& beta, double eps, std::string act) {
+  return run(true, x, {mean, var, gamma, beta, eps, act}, std::nullopt);
 }
 
 template <bool pool>
@@ -260,9 +274,9 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnops, CUDA, m) {
-  m.impl("norm_act", TORCH_BOX(&forward<false>));
+  m.impl("norm_act", TORCH_BOX(&forward));
   m.impl("norm_act_backward", TORCH_BOX(&backward<false>));
-  m.impl("norm_act_pool", TORCH_BOX(&forward<true>));
+  m.impl("norm_act_pool", TORCH_BOX(&forward_pool));
   m.impl("norm_act_pool_backward", TORCH_BOX(&backward<true>));
 }
 

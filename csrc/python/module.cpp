@@ -171,13 +171,16 @@ py::object pointwise_backward(const std::string& isa, py::array g, py::array y, 
   });
 }
 
-template <bool pool> py::object norm_act_numpy(const std::string& isa, py::array x, py::dict norm) {
+template <bool pool>
+py::object norm_act_numpy(const std::string& isa, py::array x, py::dict norm, std::optional<py::array> residual) {
   return with_storage(isa, x, [&](const auto& kernels, auto zero) -> py::object {
     using T = decltype(zero);
     if (x.ndim() != 3) throw py::value_error("x must be (N, pixels, C)");
     const PendingArrays<T> p(norm, x.shape(2));
     py::array z = pool ? like(x, {x.shape(0), x.shape(2)}) : like(x, {x.shape(0), x.shape(1), x.shape(2)});
-    norm_act<T>(kernels, one_thread, x.shape(0), x.shape(1), x.shape(2), pool, x.data(), p.pending, z.mutable_data());
+    if (residual) same_shape(*residual, {x.shape(0), x.shape(1), x.shape(2)}, "residual");
+    norm_act<T>(kernels, one_thread, x.shape(0), x.shape(1), x.shape(2), pool, x.data(), p.pending,
+                residual ? residual->data() : nullptr, z.mutable_data());
     return z;
   });
 }
@@ -254,10 +257,13 @@ PYBIND11_MODULE(_C, m) {
         "x (pixels, C), weight (O, C) -> y, mean, var");
   m.def("pointwise_conv2d_backward", &pointwise_backward, arg("instruction_set"), arg("g"), arg("y"), arg("g_mean"), arg("g_var"),
         arg("mean_y"), arg("x"), arg("weight"), arg("norm"), "-> dx, dweight, dmean, dvar, dgamma, dbeta");
-  m.def("norm_act", &norm_act_numpy<false>, arg("instruction_set"), arg("x"), arg("norm"), "x (N, pixels, C) -> z");
+  m.def("norm_act", &norm_act_numpy<false>, arg("instruction_set"), arg("x"), arg("norm"), arg("residual") = py::none(),
+        "x, residual (N, pixels, C) -> z + residual");
   m.def("norm_act_backward", &norm_act_backward_numpy<false>, arg("instruction_set"), arg("g"), arg("x"), arg("norm"),
         "-> dx, dmean, dvar, dgamma, dbeta");
-  m.def("norm_act_pool", &norm_act_numpy<true>, arg("instruction_set"), arg("x"), arg("norm"), "x (N, pixels, C) -> (N, C)");
+  m.def("norm_act_pool",
+        [](const std::string& isa, py::array x, py::dict norm) { return norm_act_numpy<true>(isa, x, norm, std::nullopt); },
+        arg("instruction_set"), arg("x"), arg("norm"), "x (N, pixels, C) -> (N, C)");
   m.def("norm_act_pool_backward", &norm_act_backward_numpy<true>, arg("instruction_set"), arg("g"), arg("x"), arg("norm"),
         "-> dx, dmean, dvar, dgamma, dbeta");
 }

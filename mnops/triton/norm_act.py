@@ -35,10 +35,11 @@ PROGRAMS = 8  # of the backward, a multiprocessor
 def norm_act_kernel(
     x,  # (P, C)
     mean, var, gamma, beta,  # (C,)
+    residual,  # (P, C)
     z,  # (P, C)
     P, eps,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
-    BETA: tl.constexpr, ACT: tl.constexpr,
+    BETA: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(C, BLOCK_C)
     c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
@@ -46,6 +47,8 @@ def norm_act_kernel(
     p = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     ok = (p < P) & c_ok
     out = normalise(tl.load(x + p * C + c, mask=ok, other=0.0), None, m, scale, shift, NORM, ACT)
+    if RESIDUAL:
+        out += to_float(tl.load(residual + p * C + c, mask=ok, other=0.0))
     tl.store(z + p * C + c, out.to(z.dtype.element_ty), mask=ok)
 
 
@@ -100,18 +103,19 @@ def block(channels: int) -> tuple[int, int]:
 
 def norm_act(
     x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
-    act: str,
+    act: str, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if x.dtype == torch.float64 or x.numel() == 0:
-        return reference.norm_act(x, mean, var, gamma, beta, eps, act)
+        return reference.norm_act(x, mean, var, gamma, beta, eps, act, residual)
     z = empty_nhwc(x, x.shape)
     channels, count = x.shape[1], x.numel() // x.shape[1]
     block_p, block_c = block(channels)
     mean, var, gamma, beta = vectors(mean, var, gamma, beta)
     launch(
         norm_act_kernel, (cdiv(count, block_p) * cdiv(channels, block_c),), warps=WARPS, x=nhwc(x), mean=mean,
-        var=var, gamma=gamma, beta=beta, z=z, P=count, eps=eps, C=channels, BLOCK_P=block_p, BLOCK_C=block_c,
-        NORM=mean is not None, GAMMA=gamma is not None, BETA=beta is not None, ACT=ACTS[act],
+        var=var, gamma=gamma, beta=beta, residual=None if residual is None else nhwc(residual), z=z, P=count,
+        eps=eps, C=channels, BLOCK_P=block_p, BLOCK_C=block_c, NORM=mean is not None, GAMMA=gamma is not None,
+        BETA=beta is not None, ACT=ACTS[act], RESIDUAL=residual is not None,
     )  # fmt: skip
     return restored(z, x)
 

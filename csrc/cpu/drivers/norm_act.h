@@ -1,4 +1,4 @@
-// Cuts norm_act over pixels and norm_act_pool over images.
+// Cuts norm_act over pixels and norm_act_pool over images. residual may be null, and is for norm_act alone.
 #pragma once
 #include "cpu/drivers/common.h"
 
@@ -6,9 +6,9 @@ namespace mnops {
 
 template <class T>
 void norm_act(const Kernels<T>& kernels, const Threads& threads, int64_t n, int64_t hw, int64_t c, bool pool, const void* x,
-              const Pending<T>& pending, void* z) {
+              const Pending<T>& pending, const void* residual, void* z) {
   const NormVectors<T> norm(pending, c);
-  const Rows<T> p{n, hw, c, x, nullptr, z, norm.norm};
+  const Rows<T> p{n, hw, c, x, nullptr, residual, z, norm.norm};
   const int64_t rows = pool ? n : n * hw;
   const int count = threads.worth(n * hw * c);
   threads.run(count, [&](int t) {
@@ -20,7 +20,7 @@ template <class T>
 void norm_act_backward(const Kernels<T>& kernels, const Threads& threads, int64_t n, int64_t hw, int64_t c, bool pool,
                        const void* g, const void* x, const Pending<T>& pending, void* dx, const PendingGrads<T>& grads) {
   const NormVectors<T> norm(pending, c);
-  const Rows<T> p{n, hw, c, x, g, dx, norm.norm};
+  const Rows<T> p{n, hw, c, x, g, nullptr, dx, norm.norm};
   const int64_t rows = pool ? n : n * hw;
   const int count = threads.worth(n * hw * c);
   const ThreadNormSums sums(count, c);

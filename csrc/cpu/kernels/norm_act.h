@@ -1,5 +1,5 @@
-// Makes a pending tensor real: z = act((x - mean) * scale + shift), one read and one write; and its backward, two
-// reads and a write with the channel sums on the side. Parallel over pixels.
+// Makes a pending tensor real: z = act((x - mean) * scale + shift), one read and one write, two reads where a residual
+// is added; and its backward, two reads and a write with the channel sums on the side. Parallel over pixels.
 #pragma once
 #include "cpu/kernels/common.h"
 
@@ -9,14 +9,16 @@ namespace {
 template <class S, class T = typename Arithmetic<S>::type>
 void norm_act_forward(const Rows<T>& p, int64_t begin, int64_t end) {
   using V = typename Vec<T>::type;
-  const S* x = static_cast<const S*>(p.x);
+  const S *x = static_cast<const S*>(p.x), *residual = static_cast<const S*>(p.residual);
   S* z = static_cast<S*>(p.out);
   with_act(p.norm.act, [&](auto act) {
     for (int64_t r = begin; r < end; r++)
       for (int64_t c = 0; c < p.c; c += V::N) {
         const V pre = fma(load_some<V>(x + r * p.c + c, p.c - c) - V::load(p.norm.mean + c), V::load(p.norm.scale + c),
                           V::load(p.norm.shift + c));
-        store_some(activate<act.value>(pre), z + r * p.c + c, p.c - c);
+        V out = activate<act.value>(pre);
+        if (residual) out = out + load_some<V>(residual + r * p.c + c, p.c - c);
+        store_some(out, z + r * p.c + c, p.c - c);
       }
   });
 }
