@@ -13,6 +13,7 @@ so does what is recorded to be run elsewhere (`mnops.backends.recording`).
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
@@ -27,6 +28,17 @@ __all__ = ["DepthwiseConvBNAct", "DepthwiseSeparable", "PointwiseConvBNAct", "ch
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 FEW_CHANNELS = 16  # stem_conv2d is made for images; a wide dense convolution is stock's
+
+
+class Folded(nn.Identity):
+    """Where a BatchNorm was that `mnops.deploy` folded into the convolution before it: for inference only."""
+
+    def train(self, mode: bool = True) -> "Folded":
+        if mode:
+            raise RuntimeError(
+                "deploy: a folded BatchNorm cannot be trained; train the model that the copy is of"
+            )
+        return super().train(mode)
 
 
 def check_act(owner: str, act: str) -> str:
@@ -72,7 +84,8 @@ def conv_bn_act(
     op = _op_of(conv, bn, same) if fused else None
     if op is None or backends.recording(x.x if isinstance(x, Pending) else x):
         return Pending(_stock(ops.norm_act(x), conv, bn, act, same))
-    measure = bn.training or (bn.running_mean is None and bn.running_var is None)
+    folded = type(bn) is Folded
+    measure = not folded and (bn.training or (bn.running_mean is None and bn.running_var is None))
     padding = "same" if same else conv.padding
     if op == "depthwise":
         y, mean, var = ops.depthwise_conv2d(x, conv.weight, conv.stride, padding, conv.dilation, measure)
@@ -80,13 +93,17 @@ def conv_bn_act(
         y, mean, var = ops.pointwise_conv2d(x, conv.weight, measure)
     else:
         y, mean, var = ops.stem_conv2d(x, conv.weight, conv.stride, padding, measure)
+    if folded:
+        bias = conv.bias.to(wide(y))
+        return Pending(y, -bias, torch.ones_like(bias), eps=0.0, act=act)
     mean, var = statistics(bn, y, mean, var, conv.bias, measure)
     return Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
 
 
 def _op_of(conv: nn.Module, bn: nn.Module, same: bool) -> str | None:
     """Which op computes conv, or None if the stock modules must: subclasses may compute anything."""
-    if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS or has_hooks(conv) or has_hooks(bn):
+    known = type(conv) is nn.Conv2d and type(bn) in (*BATCH_NORMS, Folded)
+    if not known or has_hooks(conv) or has_hooks(bn):
         return None
     return served_by(conv, same)
 
@@ -107,12 +124,20 @@ def served_by(conv: nn.Conv2d, same: bool = False) -> str | None:
 
 def _stock(x: Tensor, conv: nn.Module, bn: nn.Module, act: str, same: bool) -> Tensor:
     if same:
-        sides = [same_padding(*arg) for arg in zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation)]
-        x = F.pad(x, (*sides[1], *sides[0]))
+        x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
     x = bn(conv(x))
     if act in ("relu", "relu6"):  # in place, as users write it, where nothing else may hold on to x
         return getattr(F, act)(x, inplace=type(bn) in BATCH_NORMS and not has_hooks(bn))
     return x if act == "none" else getattr(F, act)(x)
+
+
+@torch.fx.wrap  # sizes are not known to torch.fx
+def pad_same(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """x (N, C, H, W) with the zeros around it that TensorFlow's SAME convolution sees."""
+    top_bottom, left_right = (same_padding(*a) for a in zip(x.shape[2:], kernel_size, stride, dilation))
+    return F.pad(x, (*left_right, *top_bottom))
 
 
 def statistics(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -60,6 +61,13 @@ def scaled(channels: int, width_mult: float, divisor: int = 8, min_depth: int = 
     wanted = channels * width_mult
     rounded = max(min_depth, int(wanted + divisor // 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * wanted else rounded
+
+
+@torch.fx.wrap  # sizes are not known to torch.fx
+def resized(x: Tensor, rho: float) -> Tensor:
+    """x (N, C, H, W) at rho times its height and width."""
+    size = [max(1, round(rho * length)) for length in x.shape[2:]]
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 class ConvBNAct(Block):
@@ -234,8 +242,7 @@ class MobileNet(nn.Module):
         if not traced and (x.dim() != 4 or x.shape[1] != self.in_chans):
             raise ValueError(f"MobileNet: x must be (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
         if self.rho != 1:
-            size = [max(1, round(self.rho * length)) for length in x.shape[2:]]
-            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+            x = resized(x, self.rho)
         if self._fused and not backends.recording(x):
             x = x.contiguous(memory_format=torch.channels_last)
         return conv_bn_act(x, self.conv_stem, self.bn1, self.act, self.same, self._fused)
