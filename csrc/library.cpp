@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #define PENDING "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, str act"
+#define MID_PENDING "Tensor? mid_mean, Tensor? mid_var, Tensor? mid_gamma, Tensor? mid_beta, float mid_eps, str mid_act"
 #define INCOMING "Tensor g, Tensor? g_mean, Tensor? g_var, Tensor y, Tensor mean_y"
 #define MEASURED "(Tensor y, Tensor mean_y, Tensor var_y)"
 #define CONV_GRADS "(Tensor dx, Tensor dweight, Tensor dmean, Tensor dvar, Tensor dgamma, Tensor dbeta)"
@@ -25,6 +26,10 @@ STABLE_TORCH_LIBRARY(mnops, m) {
   m.def("stem_conv2d(Tensor x, Tensor weight, " PENDING ", " STEM_GEOMETRY ", bool measure) -> " MEASURED);
   m.def("stem_conv2d_backward(" INCOMING ", Tensor x, Tensor weight, " PENDING ", " STEM_GEOMETRY
         ", bool need_input, bool need_weight) -> " CONV_GRADS);
+
+  // Inference only: the pending norm `mid` is that of the depthwise result, which is never stored.
+  m.def("separable_conv2d(Tensor x, Tensor depthwise_weight, Tensor weight, " PENDING ", " MID_PENDING ", " DEPTHWISE_GEOMETRY
+        ") -> Tensor");
 
   m.def("norm_act(Tensor x, " PENDING ", Tensor? residual=None) -> Tensor");  // z + residual
   m.def("norm_act_backward(Tensor g, Tensor x, " PENDING ") -> " NORM_GRADS);

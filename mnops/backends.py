@@ -112,6 +112,21 @@ def chosen_native(op: str, device: str) -> bool:
     return _forced is not None or choose(op, device) != BACKENDS["reference"].namespace
 
 
+def _together(forced: str | None, ops: tuple[str, ...], device: str) -> bool:
+    try:
+        return len({_choose(forced, op, device) for op in ops}) == 1
+    except RuntimeError:
+        return False
+
+
+_together._dynamo_marked_constant = True
+
+
+def together(*ops: str, device: str) -> bool:
+    """Whether one backend serves all of these ops on device type `device`."""
+    return _together(_forced, ops, device)
+
+
 class backend:
     """Context manager that forces one backend: `with mnops.backend("reference"): ...`. The innermost counts.
 

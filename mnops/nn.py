@@ -84,8 +84,7 @@ def conv_bn_act(
     op = _op_of(conv, bn, same) if fused else None
     if op is None or backends.recording(x.x if isinstance(x, Pending) else x):
         return Pending(_stock(ops.norm_act(x), conv, bn, act, same))
-    folded = type(bn) is Folded
-    measure = not folded and (bn.training or (bn.running_mean is None and bn.running_var is None))
+    measure = _measures(bn)
     padding = "same" if same else conv.padding
     if op == "depthwise":
         y, mean, var = ops.depthwise_conv2d(x, conv.weight, conv.stride, padding, conv.dilation, measure)
@@ -93,11 +92,56 @@ def conv_bn_act(
         y, mean, var = ops.pointwise_conv2d(x, conv.weight, measure)
     else:
         y, mean, var = ops.stem_conv2d(x, conv.weight, conv.stride, padding, measure)
-    if folded:
-        bias = conv.bias.to(wide(y))
-        return Pending(y, -bias, torch.ones_like(bias), eps=0.0, act=act)
+    if not measure:
+        return Pending(y, *_frozen(bn, conv, y, act))
     mean, var = statistics(bn, y, mean, var, conv.bias, measure)
     return Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
+
+
+def separable_bn_act(
+    x: Tensor | Pending,
+    conv_dw: nn.Module, bn1: nn.Module, act1: str, conv_pw: nn.Module, bn2: nn.Module, act2: str,
+    same: bool = False, fused: bool = True,
+) -> Pending:  # fmt: skip
+    """conv_dw, bn1, act1, then conv_pw on x; bn2 and act2 pending. One op where no gradient can be asked for."""
+    tensor = x.x if isinstance(x, Pending) else x
+    if (
+        fused
+        and not torch.is_grad_enabled()
+        and _op_of(conv_dw, bn1, same) == "depthwise"
+        and _op_of(conv_pw, bn2, False) == "pointwise"
+        and not (_measures(bn1) or _measures(bn2) or backends.recording(tensor))
+        and backends.together("depthwise_conv2d", "separable_conv2d", device=tensor.device.type)
+    ):
+        taps, weight = conv_dw._parameters["weight"], conv_pw._parameters["weight"]
+        norm, padding = _frozen(bn1, conv_dw, tensor, act1), "same" if same else conv_dw.padding
+        y = ops.separable_conv2d(x, taps, norm, weight, conv_dw.stride, padding, conv_dw.dilation)
+        return Pending(y, *_frozen(bn2, conv_pw, y, act2))
+    x = conv_bn_act(x, conv_dw, bn1, act1, same, fused)
+    return conv_bn_act(x, conv_pw, bn2, act2, fused=fused)
+
+
+def _measures(bn: nn.Module) -> bool:
+    """Whether bn normalises with the statistics of the batch."""
+    if type(bn) is Folded:
+        return False
+    buffers = bn._buffers  # ten times as fast as the attributes
+    return bn.training or (buffers["running_mean"] is None and buffers["running_var"] is None)
+
+
+def _running(bn: nn.Module, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """bn's running mean, without the bias of the convolution, which the ops leave out, and its variance."""
+    mean, var = bn._buffers["running_mean"], bn._buffers["running_var"]
+    return mean if bias is None else mean.to(wide(x)) - bias, var
+
+
+def _frozen(bn: nn.Module, conv: nn.Conv2d, x: Tensor, act: str) -> tuple:
+    """The norm of conv's output that does not depend on the batch, and act: what follows x in Pending."""
+    vectors, bias = bn._parameters, conv._parameters["bias"]
+    if type(bn) is Folded:
+        bias = bias.to(wide(x))
+        return -bias, torch.ones_like(bias), None, None, 0.0, act
+    return *_running(bn, bias, x), vectors["weight"], vectors["bias"], bn.eps, act
 
 
 def _op_of(conv: nn.Module, bn: nn.Module, same: bool) -> str | None:
@@ -148,8 +192,7 @@ def statistics(
     bias is the convolution's, which y lacks: it only shifts means, and (y + bias) - (mean + bias) = y - mean.
     """
     if not measured:
-        mean, var = bn.running_mean, bn.running_var
-        return mean if bias is None else mean.to(wide(y)) - bias, var
+        return _running(bn, bias, y)
     count = y.numel() // y.shape[1]
     group = sync.group_of(bn)
     if group is None:
@@ -309,4 +352,6 @@ class DepthwiseSeparable(Block):
         return conv_bn_act(x, self.conv_pw, self.bn2, self.act, fused=self.fused)
 
     def chain(self, x: Tensor | Pending) -> Pending:
-        return self.chain_pointwise(self.chain_depthwise(x))
+        return separable_bn_act(
+            x, self.conv_dw, self.bn1, self.act, self.conv_pw, self.bn2, self.act, self.same, self.fused
+        )

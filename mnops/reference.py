@@ -207,6 +207,18 @@ def stem_conv2d_backward(
     )
 
 
+def separable_conv2d(
+    x: Tensor, depthwise_weight: Tensor, weight: Tensor, mean: Vector, var: Vector, gamma: Vector, beta: Vector,
+    eps: float, act: str, mid_mean: Vector, mid_var: Vector, mid_gamma: Vector, mid_beta: Vector, mid_eps: float,
+    mid_act: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """y of depthwise_conv2d, the norm `mid` of what it gives, and pointwise_conv2d; rounded to x's dtype once."""
+    wide_x, taps, product = (t.to(wide(x)) for t in (x, depthwise_weight, weight))
+    y, _, _ = depthwise_conv2d(wide_x, taps, mean, var, gamma, beta, eps, act, stride, padding, dilation)
+    y, _, _ = pointwise_conv2d(y, product, mid_mean, mid_var, mid_gamma, mid_beta, mid_eps, mid_act)
+    return _store(y, x)
+
+
 def norm_act(
     x: Tensor, mean: Vector = None, var: Vector = None, gamma: Vector = None, beta: Vector = None,
     eps: float = 1e-5, act: str = "none", residual: Tensor | None = None,

@@ -68,6 +68,13 @@ template <class T> struct Pointwise {
   bool stream;             // store past the caches
 };
 
+// A depthwise convolution (its x, weight, pending norm), the norm between, and the pointwise one (its out, weights, sizes).
+template <class T> struct Separable {
+  Depthwise<T> depthwise;
+  Norm<T> mid;
+  Pointwise<T> pointwise;
+};
+
 // A tensor of rows of channels: [n][hw][c].
 template <class T> struct Rows {
   int64_t n, hw, c;

@@ -1,34 +1,14 @@
 #include "cpu/drivers/depthwise_conv2d.h"
 
-#include "cpu/tensors.h"
+#include "cpu/depthwise_shape.h"
 
 namespace mnops {
 namespace {
 
-DepthwiseShape shape_of(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1,
-                  "depthwise_conv2d: weight must be (C, 1, K, K) with x (N, C, H, W)");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
-                  "depthwise_conv2d: stride and dilation have 2 elements, padding has 4");
-  DepthwiseShape s{};
-  s.n = x.size(0), s.c = x.size(1), s.h = x.size(2), s.w = x.size(3);
-  s.kh = int(weight.size(2)), s.kw = int(weight.size(3));
-  s.sh = int(stride[0]), s.sw = int(stride[1]), s.dh = int(dilation[0]), s.dw = int(dilation[1]);
-  s.pad_top = int(padding[0]), s.pad_left = int(padding[2]);
-  STD_TORCH_CHECK(s.kh >= 1 && s.kw >= 1 && s.kh <= 64 && s.kw <= 64, "depthwise_conv2d: kernels go up to 64 x 64");
-  STD_TORCH_CHECK(s.sh >= 1 && s.sw >= 1 && s.dh >= 1 && s.dw >= 1, "depthwise_conv2d: stride and dilation must be at least 1");
-  for (const int64_t p : padding) STD_TORCH_CHECK(p >= 0, "depthwise_conv2d: padding must not be negative, got ", p);
-  s.ho = (s.h + padding[0] + padding[1] - int64_t(s.dh) * (s.kh - 1) - 1) / s.sh + 1;
-  s.wo = (s.w + padding[2] + padding[3] - int64_t(s.dw) * (s.kw - 1) - 1) / s.sw + 1;
-  STD_TORCH_CHECK(s.h + padding[0] + padding[1] > int64_t(s.dh) * (s.kh - 1) && s.w + padding[2] + padding[3] > int64_t(s.dw) * (s.kw - 1),
-                  "depthwise_conv2d: the padded input must be at least as large as the dilated kernel");
-  return s;
-}
-
 MeasuredResult forward(const Tensor& x, const Tensor& weight, const MaybeTensor& mean, const MaybeTensor& var,
                        const MaybeTensor& gamma, const MaybeTensor& beta, double eps, std::string act, Ints stride,
                        Ints padding, Ints dilation, bool measure) {
-  const DepthwiseShape s = shape_of(x, weight, stride, padding, dilation);
+  const DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> MeasuredResult {
     using T = decltype(zero);
     const Tensor xl = channels_last(x);
@@ -46,7 +26,7 @@ ConvGradResult backward(const Tensor& g, const MaybeTensor& g_mean, const MaybeT
                         const Tensor& mean_y, const Tensor& x, const Tensor& weight, const MaybeTensor& mean,
                         const MaybeTensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                         std::string act, Ints stride, Ints padding, Ints dilation, bool need_input, bool need_weight) {
-  const DepthwiseShape s = shape_of(x, weight, stride, padding, dilation);
+  const DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> ConvGradResult {
     using T = decltype(zero);
     const Tensor xl = channels_last(x);

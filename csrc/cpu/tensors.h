@@ -33,7 +33,7 @@ template <class T> struct Array {
     if (!t) return;
     STD_TORCH_CHECK(t->numel() == count, "mnops: ", name, " must have ", count, " elements, got ", t->numel());
     tensor = t->scalar_type() == scalar_type_of<T>() ? *t : torch::stable::to(*t, scalar_type_of<T>());
-    tensor = torch::stable::contiguous(*tensor);
+    if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
     data = static_cast<const T*>(tensor->const_data_ptr());
   }
 };

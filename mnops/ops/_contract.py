@@ -47,12 +47,17 @@ def pending_args(x: Tensor | Pending, cast: bool = True) -> tuple:
         dtype = torch.get_autocast_dtype(device)
         if t.dtype != dtype and t.dtype in DTYPES and t.dtype != torch.float64:
             t = t.to(dtype)
+    return t, *norm_args(t, mean, var, gamma, beta, eps, act)
+
+
+def norm_args(x: Tensor, mean, var, gamma, beta, eps: float, act: str) -> tuple:
+    """The same six, vectors of half modules widened."""
     if mean is not None or var is not None or gamma is not None or beta is not None:
-        dtype = wide(t)
+        dtype = wide(x)
         mean, var, gamma, beta = (
             v if v is None or v.dtype == dtype else v.to(dtype) for v in (mean, var, gamma, beta)
         )
-    return t, mean, var, gamma, beta, eps, act
+    return mean, var, gamma, beta, eps, act
 
 
 def pair(op: str, what: str, value: int | Sequence[int]) -> list[int]:

@@ -46,7 +46,7 @@ def norm_backward_fake(g, x, mean, var, gamma, beta, eps, act):
 _ops: dict[tuple[str, str], tuple[Any, Any]] = {}  # (namespace, name): the op, its formula for eager calls
 
 
-def _needs_grad(args: tuple) -> bool:
+def needs_grad(args: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
@@ -70,11 +70,11 @@ def run(name: str, args: tuple) -> Any:
         return op(*args)
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return getattr(reference, name)(*args)
-    return function.apply(*args) if _needs_grad(args) else _below_autograd(op, args)
+    return function.apply(*args) if needs_grad(args) else _below_autograd(op, args)
 
 
 def _run_backward(op: Any, args: tuple) -> Any:
-    return op(*args) if _needs_grad(args) else _below_autograd(op, args)
+    return op(*args) if needs_grad(args) else _below_autograd(op, args)
 
 
 # ---- autograd: kept for backward are x, y (the next op's x: one storage), weight and vectors ----
@@ -176,6 +176,17 @@ def register(
         register_flop_formula(backward_op)(flops_backward)
         function = _function(forward_op.default, setup_context, formula)
         _ops[backend.namespace, name] = forward_op.default, function
+
+
+def register_inference(name: str, fake: Callable, flops: Callable) -> None:
+    """The same for an op that has no gradient."""
+    for backend in {b.namespace: b for b in backends.BACKENDS.values()}.values():
+        if backend.module is not None:
+            _define(backend, name)
+        torch.library.register_fake(f"{backend.namespace}::{name}", fake)
+        op = getattr(getattr(torch.ops, backend.namespace), name)
+        register_flop_formula(op)(flops)
+        _ops[backend.namespace, name] = op.default, None
 
 
 def _define(backend: backends.Backend, op: str) -> None:

@@ -56,17 +56,17 @@ def depthwise_conv2d(
     return r.run(NAME, args)
 
 
-def check(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure) -> tuple[int, ...]:
+def check(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure, name=NAME) -> tuple[int, ...]:
     """The contract; returns the shape of y."""
-    c.check_pending(NAME, x, mean, var, gamma, beta, eps, act)
+    c.check_pending(name, x, mean, var, gamma, beta, eps, act)
     n, channels, _, _ = x.shape
     shape = weight.shape
     if len(shape) != 4 or shape[0] != channels or shape[1] != 1 or shape[2] != shape[3]:
         rule = f"weight must be (C, 1, K, K) with C = {channels} as in x"
-        raise ValueError(f"{NAME}: {rule}, got {tuple(shape)}")
-    c.check_weight(NAME, x, weight)
-    c.check_measure(NAME, x, measure)
-    return n, channels, *c.out_size(NAME, x, weight, stride, padding, dilation)
+        raise ValueError(f"{name}: {rule}, got {tuple(shape)}")
+    c.check_weight(name, x, weight)
+    c.check_measure(name, x, measure)
+    return n, channels, *c.out_size(name, x, weight, stride, padding, dilation)
 
 
 def fake(*args):

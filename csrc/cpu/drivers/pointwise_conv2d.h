@@ -10,14 +10,14 @@ template <class T> int64_t block_of_pixels(int64_t bytes, int64_t channels, int6
   return std::max<int64_t>(mr, std::min(mc, ceil_div(pixels, mr) * mr) / mr * mr);
 }
 
-// Packs the (o, k) matrix by panels over o (forward) or over k (backward), on all threads.
+// Packs the (o, k) matrix by panels over o (forward) or over k (backward), on all threads, into shared scratch memory.
 template <class T>
-Buffer<T> pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
+const T* pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
   const int64_t panels = ceil_div(by_output ? o : k, kernels.nr);
-  Buffer<T> packed = uninitialised<T>(panels * (by_output ? k : o) * kernels.nr);
+  T* const packed = reinterpret_cast<T*>(scratch<true>(panels * (by_output ? k : o) * kernels.nr * sizeof(T)));
   const int count = threads.worth(o * k);
   threads.run(count, [&](int t) {
-    (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, panels * t / count, panels * (t + 1) / count, packed.get());
+    (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, panels * t / count, panels * (t + 1) / count, packed);
   });
   return packed;
 }
@@ -30,8 +30,8 @@ void matmul_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m,
   const int count = threads.worth(m * (k + o));
   const int64_t channels = window ? window->c : k;
   const NormVectors<T> norm(pending, channels, channels ? k / channels : 1);
-  const Buffer<T> packed = pack_matrix(kernels, threads, weight, o, k, true);
-  p.x = x, p.out = y, p.packed = packed.get(), p.norm = norm.norm, p.measure = mean != nullptr;
+  const T* packed = pack_matrix(kernels, threads, weight, o, k, true);
+  p.x = x, p.out = y, p.packed = packed, p.norm = norm.norm, p.measure = mean != nullptr;
   p.stream = worth_streaming(m * o * int64_t(sizeof(T)));
 
   // A block of z in half of L2. Few pixels (a small batch on a late layer): cut the output channels instead.
@@ -62,8 +62,8 @@ void matmul_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, i
   const int64_t channels = window ? window->c : k;
   const NormVectors<T> norm(pending, channels, channels ? k / channels : 1);
   const IncomingVectors<T> incoming(out, o, m);
-  const Buffer<T> packed = dx ? pack_matrix(kernels, threads, weight, o, k, false) : Buffer<T>();
-  p.x = x, p.out = dx, p.packed = packed.get(), p.norm = norm.norm, p.incoming = incoming.incoming;
+  const T* packed = dx ? pack_matrix(kernels, threads, weight, o, k, false) : nullptr;
+  p.x = x, p.out = dx, p.packed = packed, p.norm = norm.norm, p.incoming = incoming.incoming;
   p.need_weight = dweight != nullptr;
   p.stream = worth_streaming(m * k * int64_t(sizeof(T)));
   // Blocks of gy and z together in L2, with room for the panel of weights that meets them.

@@ -135,7 +135,7 @@ MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_
       for (int u = 0; u < used; u++)
         m[u] = V::load(mean + i + u * V::N), s[u] = V::load(scale + i + u * V::N), h[u] = V::load(shift + i + u * V::N);
       for (int64_t j = 0; j < pixels; j++) {
-        V v[U];  // all loads before the first store: they may then be paired
+        V v[U] = {};  // all loads before the first store: they may then be paired
 #pragma GCC unroll 4
         for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++)
           v[u] = load_lanes<lanes.value, V>(x + j * x_stride + i + u * V::N, c - i - u * V::N);

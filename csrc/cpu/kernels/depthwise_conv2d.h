@@ -67,8 +67,8 @@ template <class T> struct ForwardScratch {
 };
 
 // TX neighbouring outputs of one channel vector: every loaded input serves all taps of all of them.
-template <class V, int K, int S, int TX, class T>
-MNOPS_INLINE void convolve_tile(const T* const* row, int64_t at, int64_t ps, const V* w, T* out) {
+template <class V, int K, int S, int TX, class T, class Put>
+MNOPS_INLINE void convolve_tile(const T* const* row, int64_t at, int64_t ps, const V* w, Put put) {
   V acc[TX];
   for (int t = 0; t < TX; t++) acc[t] = V::zero();
 #pragma GCC unroll 8
@@ -84,7 +84,7 @@ MNOPS_INLINE void convolve_tile(const T* const* row, int64_t at, int64_t ps, con
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < TX; t++) acc[t].store(out + t * ps);
+  for (int t = 0; t < TX; t++) put(acc[t], t);
 }
 
 // Rows that the next step is the first to touch, fetched while this one computes; each may be null.
@@ -113,8 +113,9 @@ void convolve_row(const Depthwise<T>& p, const Item& it, const T* const* row, in
     const bool new_line = c * int64_t(sizeof(S)) % 64 == 0;
     if (new_line) ahead.fetch(0, 1, 1, p.c, c);
     int64_t x = 0;
-    for (; x + TX <= p.wo; x += TX) convolve_tile<V, K, SW, TX>(r, x * SW * ps, ps, w, out + x * ps + c);
-    for (; x < p.wo; x++) convolve_tile<V, K, SW, 1>(r, x * SW * ps, ps, w, out + x * ps + c);
+    auto put = [&](V v, int t) { v.store(out + (x + t) * ps + c); };
+    for (; x + TX <= p.wo; x += TX) convolve_tile<V, K, SW, TX>(r, x * SW * ps, ps, w, put);
+    for (; x < p.wo; x++) convolve_tile<V, K, SW, 1>(r, x * SW * ps, ps, w, put);
   }
 }
 

@@ -20,18 +20,16 @@ template <class V> struct Shape {
   static constexpr int nv = Tile::nv, nr = V::N * nv, mr = Tile::mr;
 };
 
-// C[MR][nr] (+)= sum over panels, then k, of A(r, k) B[k][nr]; A(r, k) = a[r * RS + k * KS] inside a panel.
-template <class V, int MR, int RS, int KS, bool add>
+// put(r, v, sum over panels, then k, of A(r, k) B[k][v]); A(r, k) = a[r * RS + k * KS] inside a panel.
+template <class V, int MR, int RS, int KS, class Put>
 MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int64_t k, int64_t panel_k,
-                               const typename V::T* b, typename V::T* c) {
+                               const typename V::T* b, Put put) {
   constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) acc[r][v] = V::zero();
-  if (add)
-    for (int r = 0; r < MR; r++) __builtin_prefetch(c + r * NR, 1, 3);
   for (; k > 0; k -= panel_k, a += panel_stride) {
     const int64_t steps = least(k, panel_k);
     const typename V::T* ak = a;
@@ -51,10 +49,7 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      typename V::T* to = c + r * NR + v * V::N;
-      (add ? V::load(to) + acc[r][v] : acc[r][v]).store(to);
-    }
+    for (int v = 0; v < NV; v++) put(r, v, acc[r][v]);
 }
 
 // Block product: tile[rows][nr] = panels of A times one packed panel of B, `rows` rounded up to mr.
@@ -62,7 +57,7 @@ template <class V>
 void multiply_block(const typename V::T* a, int64_t mc, int64_t rows, int64_t k, const typename V::T* b, typename V::T* tile) {
   constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
   for (int64_t r = 0; r < rows; r += MR)
-    micro_kernel<V, MR, NR, 1, false>(a + r * NR, mc * NR, k, NR, b, tile + r * NR);
+    micro_kernel<V, MR, NR, 1>(a + r * NR, mc * NR, k, NR, b, [&](int i, int v, V c) { c.store(tile + (r + i) * NR + v * V::N); });
 }
 
 // Weight gradient of one panel pair: gw[o0 .. o0 + nr)[nr] += sum over rows of gy panel^T z panel.
@@ -70,7 +65,11 @@ void multiply_block(const typename V::T* a, int64_t mc, int64_t rows, int64_t k,
 template <class V, int left>
 MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V::T* z, int64_t rows, typename V::T* gw) {
   constexpr int NR = Shape<V>::nr, tiles = (left + Shape<V>::mr - 1) / Shape<V>::mr, MR = (left + tiles - 1) / tiles;
-  micro_kernel<V, MR, 1, NR, true>(gy, 0, rows, rows, z, gw);
+  for (int r = 0; r < MR; r++) prefetch_to_write(gw + r * NR);
+  micro_kernel<V, MR, 1, NR>(gy, 0, rows, rows, z, [&](int r, int v, V c) {
+    typename V::T* to = gw + r * NR + v * V::N;
+    (V::load(to) + c).store(to);
+  });
   if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, gw + MR * NR);
 }
 

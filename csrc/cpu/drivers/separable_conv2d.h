@@ -1,0 +1,46 @@
+// Cuts a separable block over pixels or, where the weights are large against them, over pixels and then over channels.
+#pragma once
+#include "cpu/drivers/depthwise_conv2d.h"
+#include "cpu/drivers/pointwise_conv2d.h"
+
+namespace mnops {
+
+template <class T>
+void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const DepthwiseShape& s, int64_t o, const void* x,
+                      const Pending<T>& pending, const T* depthwise_weight, const Pending<T>& mid, const T* weight, void* y) {
+  const int64_t m = s.n * s.ho * s.wo, panels = ceil_div(o, kernels.nr), size = s.c * kernels.nr;
+  const int count = threads.worth(m * (s.c + o));
+  const NormVectors<T> norm(pending, s.c), mid_norm(mid, s.c);
+  const Buffer<T> taps = pack_depthwise_weight(depthwise_weight, s.c, int64_t(s.kh) * s.kw);
+  Separable<T> p{};
+  Depthwise<T>& d = p.depthwise;
+  d.n = s.n, d.h = s.h, d.w = s.w, d.c = s.c, d.ho = s.ho, d.wo = s.wo;
+  d.kh = s.kh, d.kw = s.kw, d.sh = s.sh, d.sw = s.sw, d.dh = s.dh, d.dw = s.dw, d.pad_top = s.pad_top, d.pad_left = s.pad_left;
+  d.block = s.c, d.x = x, d.weight = taps.get(), d.norm = norm.norm;
+  p.mid = mid_norm.norm;
+  Pointwise<T>& q = p.pointwise;
+  q.m = m, q.k = s.c, q.o = o, q.out = y;
+  q.stream = worth_streaming(m * o * int64_t(sizeof(T)));
+
+  const int64_t rows = ceil_div(m, kernels.mr);
+  auto pixels = [&](int t) { return std::min(m, rows * t / count * kernels.mr); };
+  if (m < s.c / 2 && panels >= count) {
+    // Packed whole, the weights would be written and read once more than they are used: each panel is packed where it
+    // is needed, and all of z stays in the caches meanwhile.
+    q.mc = rows * kernels.mr;
+    T* const z = reinterpret_cast<T*>(scratch<true>((q.mc * padded(s.c)) * sizeof(T)));
+    const size_t bytes = kernels.separable_scratch(p);
+    threads.run(count, [&](int t) { kernels.separable_depthwise(p, pixels(t), pixels(t + 1), z, scratch(bytes)); });
+    threads.run(count, [&](int t) {
+      kernels.separable_pointwise(p, weight, z, panels * t / count, panels * (t + 1) / count,
+                                  reinterpret_cast<T*>(scratch(size * sizeof(T))));
+    });
+    return;
+  }
+  q.packed = pack_matrix(kernels, threads, weight, o, s.c, true);
+  q.mc = block_of_pixels<T>(192 * 1024, s.c, m, kernels.mr);
+  const size_t bytes = kernels.separable_scratch(p);
+  threads.run(count, [&](int t) { kernels.separable_forward(p, pixels(t), pixels(t + 1), scratch(bytes)); });
+}
+
+}  // namespace mnops
