@@ -368,6 +368,35 @@ def test_pointwise_activations(variant, act, rng):
     check_pointwise(rng, *variant, 30, 20, 24, act, identity=True)
 
 
+def check_separable(rng, isa, dtype, shape, o, act, mid_act):
+    x, xw = draw(rng, (shape.n, shape.h, shape.w, shape.c), dtype)
+    taps, tapsw = arithmetic(rng.normal(size=(shape.c, *shape.kernel)), dtype)
+    w, ww = arithmetic(rng.normal(size=(o, shape.c)), dtype)
+    norm, mid = Norm(rng, shape.c, act, dtype), Norm(rng, shape.c, mid_act, dtype)
+    y = C.separable_conv2d(isa, x, taps, norm.given, mid.given, w, **shape.arguments)
+    edges = ((0, 0), tuple(shape.padding[:2]), tuple(shape.padding[2:]), (0, 0))
+    z = np.pad(norm.z(xw), edges)
+    between = sum(z[at] * tapsw[:, ky, kx] for (ky, kx), at in shape.taps())
+    true, size = mid.z(between) @ ww.T, np.abs(mid.z(between)) @ np.abs(ww.T)
+    # the terms of one sum are themselves sums, whose mean the norm takes away again
+    close(y, true, STORED[dtype] + 16 * COMPUTED[dtype], "y", size)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_separable(variant, shape, rng):
+    # few outputs and pixels take the path of few pixels, many channels that of many: both are met
+    for o in (5, 40):
+        check_separable(rng, *variant, shape, o, "relu", "relu")
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_separable_activations(variant, act, rng):
+    check_separable(rng, *variant, Shape("plain", 1, 7, 9, 24), 37, "none", act)
+    check_separable(rng, *variant, Shape("weights larger than pixels", 1, 5, 4, 72, **square(3, 2)), 50, act, "relu")
+
+
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("size", [(2, 49, 16), (1, 1, 8), (3, 5, 13), (1, 130, 37)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -58,6 +58,17 @@ def test_opcheck_backward(namespace, name):
             torch.library.opcheck(op, (torch.randn_like(y), *stats, y, mean, *args, *need))
 
 
+@namespaces
+def test_opcheck_separable(namespace):
+    op = getattr(getattr(torch.ops, namespace), "separable_conv2d", None)
+    case = Case("", "depthwise", (2, 6, 7, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, taps, weight = case.x(dtype, "cpu"), case.weight(dtype, "cpu"), torch.randn(4, 6, 1, 1).to(dtype)
+        norm = (*vectors(6, dtype, "cpu"), 1e-3, "relu")
+        for pending, mid in ((norm, norm), ((None, None, None, None, 1e-5, "none"), norm)):
+            torch.library.opcheck(op, (x, taps, weight, *pending, *mid, [2, 1], [0, 1, 1, 2], [1, 1]))
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "plain" in c.label or "stride" in c.label], ids=str)
 def test_flops_are_those_of_stock(case):
     x, weight = case.x(torch.float32, "cpu"), case.weight(torch.float32, "cpu")

@@ -454,3 +454,62 @@ def test_vectors_of_half_modules_are_widened(device):
     norm = [v.bfloat16().requires_grad_() for v in vectors(8, torch.float32, device)]
     y, _, _ = ops.pointwise_conv2d(Pending(x, *norm), weight)
     assert all(g.dtype == torch.bfloat16 for g in torch.autograd.grad(y.float().sum(), norm))
+
+
+def draw_separable(case, out, dtype, device):
+    """x, its norm, depthwise weight, the norm between, weight."""
+    channels = case.shape[1]
+    norms = [v for _ in range(2) for v in vectors(channels, dtype, device)]
+    weight = (torch.randn(out, channels, 1, 1) / channels**0.5).to(device, dtype)
+    return case.x(dtype, device), case.weight(dtype, device), *norms, weight
+
+
+def separable(case, x, taps, *rest):
+    norm, mid, weight = rest[:4], rest[4:8], rest[8]
+    geometry = case.stride, case.padding, case.dilation
+    with torch.no_grad():
+        pending = Pending(x, *norm, 1e-3, case.act)
+        return {"y": ops.separable_conv2d(pending, taps, (*mid, 1e-5, case.act), weight, *geometry)}
+
+
+def stock_separable(case, x, taps, *rest):
+    norm, mid, weight = rest[:4], rest[4:8], rest[8]
+    z = spelled_out(Pending(x, *norm, 1e-3, case.act)).to(x.dtype)
+    z = spelled_out(Pending(case.stock_conv(z, taps), *mid, 1e-5, case.act)).to(x.dtype)
+    return {"y": F.conv2d(z, weight)}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (c, d)
+        for c in CASES
+        for d in DTYPES
+        if c.op == "depthwise" and (d in (torch.float32, torch.bfloat16) or c.label in ("plain", "nchw"))
+    ],
+    ids=str,
+)
+def test_separable(device, case, dtype):
+    run, stock = functools.partial(separable, case), functools.partial(stock_separable, case)
+    for out in (5, 48):  # fewer outputs than channels and more: weights small and large against the pixels
+        draws = [draw_separable(case, out, dtype, device) for _ in enough(out)]
+        assert_as_exact(run, by_reference(run), stock, draws, f"{case} {dtype} {out}")
+        y = run(*draws[0])["y"]
+        x = draws[0][0]
+        nchw = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
+
+
+def test_separable_has_no_gradient(device):
+    case = Case("", "depthwise", (1, 8, 5, 5))
+    x, taps, *norms, weight = draw_separable(case, 4, torch.float32, device)
+    with pytest.raises(RuntimeError, match=r"for inference, under torch.no_grad\(\)"):
+        ops.separable_conv2d(x, taps.requires_grad_(), (*norms[4:], 1e-5, "relu"), weight, padding=1)
+
+
+def test_separable_of_an_empty_batch(device):
+    case = Case("", "depthwise", (0, 8, 5, 5))
+    x, taps, *norms, weight = draw_separable(case, 4, torch.float32, device)
+    with torch.no_grad():
+        y = ops.separable_conv2d(x, taps, (*norms[4:], 1e-5, "relu"), weight, padding=1)
+    assert y.shape == (0, 4, 5, 5)

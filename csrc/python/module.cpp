@@ -10,6 +10,7 @@
 #include "cpu/drivers/depthwise_conv2d.h"
 #include "cpu/drivers/norm_act.h"
 #include "cpu/drivers/pointwise_conv2d.h"
+#include "cpu/drivers/separable_conv2d.h"
 
 namespace py = pybind11;
 using namespace mnops;
@@ -171,6 +172,20 @@ py::object pointwise_backward(const std::string& isa, py::array g, py::array y, 
   });
 }
 
+py::object separable(const std::string& isa, py::array x, py::array depthwise_weight, py::dict norm, py::dict mid, py::array weight,
+                     std::pair<int, int> stride, std::vector<int> padding, std::pair<int, int> dilation) {
+  return with_storage(isa, x, [&](const auto& kernels, auto zero) -> py::object {
+    using T = decltype(zero);
+    const auto taps = py::cast<Dense<T>>(depthwise_weight), w = py::cast<Dense<T>>(weight);
+    const DepthwiseShape s = depthwise_shape(x, taps, stride, padding, dilation);
+    if (w.ndim() != 2 || w.shape(1) != s.c) throw py::value_error("weight must be (O, C)");
+    const PendingArrays<T> p(norm, s.c), q(mid, s.c);
+    py::array y = like(x, {s.n, s.ho, s.wo, w.shape(0)});
+    separable_conv2d<T>(kernels, one_thread, s, w.shape(0), x.data(), p.pending, taps.data(), q.pending, w.data(), y.mutable_data());
+    return y;
+  });
+}
+
 template <bool pool>
 py::object norm_act_numpy(const std::string& isa, py::array x, py::dict norm, std::optional<py::array> residual) {
   return with_storage(isa, x, [&](const auto& kernels, auto zero) -> py::object {
@@ -257,6 +272,9 @@ PYBIND11_MODULE(_C, m) {
         "x (pixels, C), weight (O, C) -> y, mean, var");
   m.def("pointwise_conv2d_backward", &pointwise_backward, arg("instruction_set"), arg("g"), arg("y"), arg("g_mean"), arg("g_var"),
         arg("mean_y"), arg("x"), arg("weight"), arg("norm"), "-> dx, dweight, dmean, dvar, dgamma, dbeta");
+  m.def("separable_conv2d", &separable, arg("instruction_set"), arg("x"), arg("depthwise_weight"), arg("norm"), arg("mid"),
+        arg("weight"), arg("stride") = one, arg("padding"), arg("dilation") = one,
+        "x (N, H, W, C), depthwise_weight (C, kh, kw), weight (O, C) -> y (N, Ho, Wo, O)");
   m.def("norm_act", &norm_act_numpy<false>, arg("instruction_set"), arg("x"), arg("norm"), arg("residual") = py::none(),
         "x, residual (N, pixels, C) -> z + residual");
   m.def("norm_act_backward", &norm_act_backward_numpy<false>, arg("instruction_set"), arg("g"), arg("x"), arg("norm"),
