@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from mnops import backends, lazy, ops, sync
 from mnops.lazy import LazyTensor, real
-from mnops.nn import BATCH_NORMS, Block, served_by, statistics
+from mnops.nn import BATCH_NORMS, served_by, statistics
 from mnops.ops import Pending
 from mnops.ops._contract import DTYPES
 
@@ -28,11 +28,12 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or backends.recording(x):  # compilers fuse what follows themselves
             return super().forward(x)
-        why = _why_stock(self, x)
+        weight, bias = self.weight, self.bias  # once: a parametrised one is computed at every look
+        why = _why_stock(self, x, weight)
         if why is not None:
             lazy.fell_back(self.__dict__.get("mnops_name", ""), why)
-            return super().forward(x)
-        return _convolve(self, x)
+            return self._conv_forward(x, weight, bias)
+        return _convolve(self, x, weight, bias)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -50,23 +51,25 @@ FUSED = {nn.Conv2d: Conv2d, nn.SyncBatchNorm: SyncBatchNorm}
 STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
-def _why_stock(conv: nn.Conv2d, x: Tensor) -> str | None:
+def _why_stock(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> str | None:
     """Why this call is stock's, or None: what the ops do not take, and what is to raise stock's errors."""
-    weight = conv.weight
-    if type(x) not in (Tensor, LazyTensor, nn.Parameter):
+    if type(x) is LazyTensor and x.pending is not None:
+        x = x.pending.x  # of the same shape, dtype and device, and quicker to ask
+    if type(x) not in lazy.PLAIN:
         return f"its input is a {type(x).__name__}"
-    if type(weight) not in (Tensor, nn.Parameter):
+    if type(weight) not in lazy.PLAIN:
         return f"its weight is a {type(weight).__name__}"
-    if x.dim() != 4 or x.shape[1] != conv.in_channels or x.numel() == 0:
-        return f"its input has shape {tuple(x.shape)}"
-    device = x.device.type
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) != 4 or shape[1] != conv.in_channels or x.numel() == 0:
+        return f"its input has shape {tuple(shape)}"
+    if device != weight.device or dtype not in DTYPES:
+        return f"its input is {dtype} on {device}, its weight on {weight.device}"
+    device = device.type
     if torch.is_autocast_enabled(device):
-        if x.dtype == torch.float64 or weight.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
-            return f"autocast, input of {x.dtype}, weight of {weight.dtype}"
-    elif x.dtype != weight.dtype:
-        return f"its input is {x.dtype}, its weight {weight.dtype}"
-    if x.dtype not in DTYPES or x.device != weight.device:
-        return f"its input is {x.dtype} on {x.device}"
+        if dtype == torch.float64 or weight.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
+            return f"its input is {dtype}, its weight {weight.dtype}, under autocast"
+    elif dtype != weight.dtype:
+        return f"its input is {dtype}, its weight {weight.dtype}"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a transform of torch.func is active"
     op = served_by(conv)
@@ -77,8 +80,8 @@ def _why_stock(conv: nn.Conv2d, x: Tensor) -> str | None:
     return None
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> LazyTensor:
-    name, weight = conv.__dict__.get("mnops_name", ""), conv.weight
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> LazyTensor:
+    name = conv.__dict__.get("mnops_name", "")
     if type(x) is LazyTensor:
         nchw = x.nchw
         if lazy._listeners:
@@ -98,7 +101,7 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> LazyTensor:
         out = ops.pointwise_conv2d(x, weight, measure)
     else:
         out = ops.stem_conv2d(x, weight, conv.stride, conv.padding, measure)
-    return lazy.lazy_output(*out, conv.bias, nchw, name)
+    return lazy.lazy_output(*out, bias, nchw, name)
 
 
 # ---- finding ----
@@ -148,7 +151,7 @@ def _visited(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if any(path.startswith(prefix) for prefix in inside):
             continue
-        if isinstance(module, Block) or hasattr(type(module), "mnops_fused"):
+        if any(c.__module__.startswith(("mnops.nn", "mnops.models")) for c in type(module).__mro__):
             inside.append(f"{path}." if path else "")
             continue
         yield path, module
@@ -203,6 +206,7 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
         if type(module) is nn.SyncBatchNorm:
             module.__class__ = SyncBatchNorm
     if found and _give_real not in model._forward_hooks.values():
+        model.register_forward_pre_hook(_adopt)
         model.register_forward_hook(_give_real)
     return model
 
@@ -213,9 +217,18 @@ def unfuse(model: nn.Module) -> nn.Module:
         if type(module) in STOCK:
             module.__class__ = STOCK[type(module)]
             module.__dict__.pop("mnops_name", None)
-        for key in [key for key, hook in module._forward_hooks.items() if hook is _give_real]:
-            del module._forward_hooks[key]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_adopt, _give_real)]:
+                del hooks[key]
     return model
+
+
+def _adopt(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a fused model: SyncBatchNorms that came after fuse belong to it too."""
+    if sync.distributed() and not torch.compiler.is_compiling():
+        for m in module.modules():
+            if type(m) is nn.SyncBatchNorm:
+                m.__class__ = SyncBatchNorm
 
 
 def _give_real(module: nn.Module, args: Any, output: Any) -> Any:

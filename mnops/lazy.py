@@ -327,16 +327,12 @@ def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
     return _activate(input, "relu6", inplace) if (min_val, max_val) == (0, 6) else NotImplemented
 
 
-def _add(a, b, *, alpha=1):
-    """A sum with a pending norm: one pass, in which z is not stored."""
-    for x, other in ((a, b), (b, a)):
-        if type(x) is LazyTensor and unchanged(x) and x.pending.mean is not None and not x.nchw:
-            break
-    else:
+def _sum(x: Any, other: Any) -> Any:
+    """x's pending norm and the sum in one pass, in which z is not stored."""
+    if type(x) is not LazyTensor or type(other) not in PLAIN or x is other or x.nchw or not unchanged(x):
         return NotImplemented
-    if alpha != 1 or type(other) not in PLAIN or other.shape != x.shape or other.dtype != x.dtype or a is b:
-        return NotImplemented
-    if other.device != x.device:
+    y = x.pending.x
+    if x.pending.mean is None or other.shape != y.shape or other.dtype != y.dtype or other.device != y.device:
         return NotImplemented
     if _listeners:
         tell(x.source, "made real with its sum")
@@ -345,10 +341,17 @@ def _add(a, b, *, alpha=1):
     return ops.norm_act(x.pending, real(other))
 
 
-def _add_in_place(a, b, *, alpha=1):
-    if type(a) is not LazyTensor or a._data is not None:
+def _add(a, b, *, alpha=1):
+    if alpha != 1:
         return NotImplemented
-    out = _add(a, b, alpha=alpha)
+    out = _sum(b, a)  # x + block(x): the block's output is the one that nobody else waits for
+    return _sum(a, b) if out is NotImplemented else out
+
+
+def _add_in_place(a, b, *, alpha=1):
+    if alpha != 1 or type(a) is not LazyTensor or a._data is not None:
+        return NotImplemented
+    out = _sum(a, b)
     if out is not NotImplemented:
         _become(a, out)
     return out
@@ -369,4 +372,6 @@ RULES: dict[Callable, Callable] = {
     torch.relu_: _in_place("relu"), Tensor.relu_: _in_place("relu"),
     F.relu6: _activation("relu6"), F.hardtanh: _hardtanh,
     F.hardswish: _activation("hardswish"), F.silu: _activation("silu"),
+    torch.add: _add, Tensor.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
+    Tensor.add_: _add_in_place, Tensor.__iadd__: _add_in_place,
 }  # fmt: skip

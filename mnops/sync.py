@@ -5,11 +5,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
     """The process group whose batches bn normalises as one, as nn.SyncBatchNorm decides; None: alone."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
-        return None
-    if not dist.is_available() or not dist.is_initialized():
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not distributed():
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None

@@ -20,7 +20,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x):
         s = F.adaptive_avg_pool2d(x, 1)
-        return x * F.hardsigmoid(self.expand(F.relu(self.reduce(s))))
+        return x * torch.sigmoid(self.expand(F.relu(self.reduce(s))))
 
 
 class InvertedResidual(nn.Module):

@@ -209,3 +209,234 @@ def test_nothing_pending_leaves_the_model():
 def test_bad_model(bad):
     with pytest.raises(TypeError, match="fuse: model must be a torch.nn.Module"):
         mnops.fuse(bad)
+
+
+def test_what_is_fused_already():
+    """mnops' own blocks are left to chain themselves, alone or inside a model."""
+    net = mnops.MobileNet(num_classes=3, width_mult=0.25)
+    assert not mnops.fusion_report(mnops.fuse(net))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), mnops.nn.DepthwiseSeparable(8, 4)).double()
+    fused = mnops.fuse(copy.deepcopy(model))
+    assert [layer.name for layer in mnops.fusion_report(fused)] == ["0"]
+    assert_same(model, fused)
+
+
+# ---- the ecosystem of a module ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["v2", "v3", "attributes"])
+def test_autocast(name, dtype):
+    """As near to fp64 as stock is under autocast."""
+    stock, fused = pair(NETWORKS[name])
+    exact = copy.deepcopy(stock)
+    stock, fused = stock.float(), fused.float()
+
+    def statistics(model):
+        return [b for b in model.buffers() if b.is_floating_point()]
+
+    def run_cast(model):
+        with torch.autocast("cpu", dtype):
+            z = model(X.float().contiguous(memory_format=torch.channels_last))
+        z.float().square().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        return [z, *(p.grad for p in model.parameters()), *statistics(model)]
+
+    def error(found):
+        errors = [(a.double() - b).norm() / (b.norm() + 1e-3) for a, b in zip(found, expected)]
+        return sum(errors).item() / len(errors)
+
+    found = run(exact, X)
+    expected = [found["z"], *found["grads"].values(), *statistics(exact)]
+    found = run_cast(fused)
+    assert found[0].dtype == dtype
+    ours, theirs = error(found), error(run_cast(stock))
+    assert ours <= 2 * theirs + torch.finfo(dtype).eps
+
+
+def test_gradient_scaler():
+    stock, fused = (m.float() for m in pair(NETWORKS["v2"]))
+    for model in (stock, fused):
+        optimiser, scaler = torch.optim.SGD(model.parameters(), 0.01), torch.amp.GradScaler("cpu")
+        for _ in range(2):
+            optimiser.zero_grad()
+            scaler.scale(model(X.float()).square().mean()).backward()
+            scaler.step(optimiser)
+            scaler.update()
+    torch.testing.assert_close(fused.state_dict(), stock.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_model(dtype):
+    stock, fused = (m.to(dtype) for m in pair(NETWORKS["v3"]))
+    exact = copy.deepcopy(stock).double()
+    z, z_stock = run(fused, X.to(dtype))["z"], run(stock, X.to(dtype))["z"]
+    expected = run(exact, X.to(dtype).double())["z"]
+    error, error_stock = ((t.double() - expected).norm() for t in (z, z_stock))
+    assert z.dtype == dtype
+    assert error <= 2 * error_stock + torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["v2", "v3", "attributes"])
+def test_compile(name):
+    stock, fused = pair(NETWORKS[name])
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for mode in (True, False):
+        stock.train(mode), fused.train(mode)
+        z = compiled(X)
+        fused.zero_grad()
+        z.square().sum().backward()
+        expected = run(stock)
+        torch.testing.assert_close(z, expected["z"])
+        torch.testing.assert_close({n: p.grad for n, p in fused.named_parameters()}, expected["grads"])
+    torch._dynamo.reset()
+
+
+def test_fx():
+    stock, fused = pair(NETWORKS["v2"])
+    traced = torch.fx.symbolic_trace(fused.eval())
+    torch.testing.assert_close(traced(X), stock.eval()(X))
+
+
+def test_func():
+    """torch.func gets stock operations, which have all its rules."""
+    stock, fused = (m.eval() for m in pair(NETWORKS["v2"]))
+
+    def derivatives(model):
+        parameters = dict(model.named_parameters())
+
+        def loss(parameters, x):
+            return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+        return each, torch.func.jvp(model, (X,), (X.flip(0),))
+
+    torch.testing.assert_close(derivatives(fused), derivatives(stock))
+    called = torch.func.functional_call(fused, dict(stock.named_parameters()), (X,))  # no transform: fused
+    torch.testing.assert_close(called, stock(X))
+
+
+def test_forward_mode():
+    stock, fused = (m.eval() for m in pair(NETWORKS["v2"]))
+
+    def tangent(model):
+        with torch.autograd.forward_ad.dual_level():
+            dual = model(torch.autograd.forward_ad.make_dual(X, X.flip(0)))
+            return torch.autograd.forward_ad.unpack_dual(dual).tangent
+
+    torch.testing.assert_close(tangent(fused), tangent(stock))
+
+
+def test_double_backward():
+    def penalty(model):
+        x = X[:, :, :6, :6].clone().requires_grad_()
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        return torch.autograd.grad(dx.square().sum(), wanted, allow_unused=True)
+
+    stock, fused = pair(NETWORKS["attributes"])
+    torch.testing.assert_close(penalty(fused), penalty(stock))
+
+
+def test_inference_mode():
+    stock, fused = pair(NETWORKS["v3"])
+    for mode in (True, False):
+        with torch.inference_mode():
+            torch.testing.assert_close(fused.train(mode)(X), stock.train(mode)(X))
+    assert_same(stock, fused)
+
+
+def test_weight_averaging():
+    averages = []
+    for model in pair(NETWORKS["v2"]):
+        average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
+        )
+        optimiser = torch.optim.SGD(model.parameters(), 0.01)
+        for _ in range(2):
+            run(model)
+            optimiser.step()
+            average.update_parameters(model)
+        averages.append(average)
+        average.module.train()
+        torch.optim.swa_utils.update_bn([X], average)
+    torch.testing.assert_close(averages[1].state_dict(), averages[0].state_dict())
+    assert fused_convs(averages[1])
+
+
+def test_freezing_layer_by_layer():
+    stock, fused = pair(NETWORKS["v2"])
+    for i in range(3):
+        for model in (stock, fused):
+            model[i].requires_grad_(False)
+        torch.testing.assert_close(run(fused), run(stock))
+
+
+def test_parametrised_after_fusing():
+    stock, fused = pair(NETWORKS["v2"])
+    for model in (stock, fused):
+        torch.manual_seed(0)  # spectral_norm starts from a random vector
+        nn.utils.parametrizations.weight_norm(model[1].conv[2])
+        nn.utils.parametrizations.spectral_norm(model[2].conv[0][0])
+    assert_same(stock, fused)
+
+
+HOOKED = ["", "1", "1.conv.0", "1.conv.0.0", "1.conv.0.1", "1.conv.0.2", "1.conv.2", "1.conv.3", "2"]
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks(name):
+    """Forward and backward hooks on any module see, and may change, what they would without mnops."""
+    stock, fused = pair(NETWORKS["v2"])
+
+    def results(model):
+        module, seen = model.get_submodule(name), []
+        module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach() + 0))
+        module.register_forward_hook(lambda m, args, out: seen.append(out.detach() + 0))
+        module.register_forward_hook(lambda m, args, out: out * 2)
+        for m in model.modules():  # full backward hooks do not go with in-place activations, nor in stock
+            if isinstance(m, nn.ReLU6):
+                m.inplace = False
+        module.register_full_backward_hook(lambda m, gin, gout: seen.extend([*gin, *gout]))
+        return run(model), seen
+
+    torch.testing.assert_close(results(fused), results(stock))
+
+
+def test_hook_that_keeps_the_output():
+    _, fused = pair(NETWORKS["v2"])
+    kept = []
+    fused[1].conv[0][1].register_forward_hook(lambda m, args, out: kept.append(out))
+    fused(X)
+    (z,) = kept
+    assert isinstance(z, torch.Tensor)
+    again = pickle.loads(pickle.dumps(z.detach()))
+    for other in (again, copy.deepcopy(z.detach()), torch.from_numpy(z.detach().numpy()), z.clone(), z.cpu()):
+        torch.testing.assert_close(other, z)
+        assert type(other) is torch.Tensor
+    assert repr(z).startswith("tensor(")
+
+
+def test_synchronised_norms_alone():
+    stock, fused = pair(NETWORKS["v2"])
+    before = mnops.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(stock)))
+    after = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    expected = run(stock)
+    for model in (before, after):
+        torch.testing.assert_close(run(model), expected)
+    assert type(mnops.unfuse(before)[0][1]) is nn.SyncBatchNorm
+
+
+def test_a_residual_is_added_as_it_is_made_real():
+    """x + conv(x) and y += x: one pass, the normalised tensor is not stored."""
+    for name in ("v2", "v3"):
+        _, fused = pair(NETWORKS[name])
+        x = X.contiguous(memory_format=torch.channels_last)
+        found = events(mnops.fusion_report(fused, x))
+        assert "made real with its sum" in found["3.conv.2"]
+        calls = []
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            fused.eval()(x)
+        calls = [e.name for e in profile.events()]
+        assert not any(c in ("aten::add", "aten::add_") for c in calls)

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torchvision_support
+from test_fuse import assert_same
 from torch import nn
 
 import mnops
 from mnops.fuse import Conv2d
-from test_fuse import assert_same
 
 # how many convolutions are fused, of how many
 TORCHVISION = {
@@ -44,7 +44,7 @@ def prepared(model):
     return model.double()
 
 
-def assert_fuses(model, counts, size=64):
+def assert_fuses(model, counts, size=48):
     stock = prepared(model)
     fused = mnops.fuse(copy.deepcopy(stock))
     report = mnops.fusion_report(fused)

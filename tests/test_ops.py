@@ -236,7 +236,8 @@ def test_norm_act_with_a_residual(device, layout, dtype):
     """The sum is rounded once; its gradient passes to the residual as it is."""
 
     def run(op, x, mean, var, gamma, beta, residual, g):
-        *leaves, residual = (t.detach().clone().requires_grad_() for t in (x, mean, var, gamma, beta, residual))
+        leaves = [t.detach().clone().requires_grad_() for t in (x, mean, var, gamma, beta, residual)]
+        *leaves, residual = leaves
         z = op(Pending(*leaves, 1e-3, "silu"), residual)
         names = ("z", "dx", "dmean", "dvar", "dgamma", "dbeta", "dresidual")
         return dict(zip(names, (z, *torch.autograd.grad(z, [*leaves, residual], g))))
