@@ -8,6 +8,7 @@ COMMANDS = {
     "train": ("mnops.train.cli", "train MobileNet on a folder of images or the built-in ones, and test it"),
     "tables": ("mnops.tables", "the resource tables of the paper, as printed and as counted"),
     "grid": ("mnops.grid", "train the paper's models, width x resolution, and plot accuracy against cost"),
+    "timm": ("mnops.timm", "run a script of timm's, as its train.py, with mnops' networks registered"),
     "bench": ("mnops.bench", "measure ops and networks against stock PyTorch"),
     "report": ("mnops.report", "tables of the measured results"),
 }

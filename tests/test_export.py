@@ -110,7 +110,8 @@ def test_jit_trace():
 def test_fx():
     """torch.fx sees the stock modules by their names: feature extraction, quantization and surgery work."""
     model, x = network(), images()
-    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        traced = torch.fx.symbolic_trace(model)
     modules = {n.target for n in traced.graph.nodes if n.op == "call_module"}
     assert modules == {
         name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))

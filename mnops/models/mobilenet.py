@@ -263,9 +263,9 @@ class MobileNet(nn.Module):
 
     def _parts(self, x: Tensor) -> int:
         """Into how many parts of the batch the early stages are to be cut: see PART_BYTES."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[0] == 1 or not self._fused:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.recording(x):
             return 1
-        if torch.compiler.is_compiling() or backends.recording(x):
+        if x.device.type != "cpu" or x.shape[0] == 1 or not self._fused:
             return 1
         early = (m for stage in list(self.blocks)[:EARLY_STAGES] for m in stage.modules())
         if any(m.training or has_hooks(m) for m in (self.conv_stem, self.bn1, self.blocks, *early)):
