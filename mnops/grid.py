@@ -80,8 +80,8 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 def run(chosen: Sequence[Model], seeds: int, options: Sequence[str], out: Path) -> list[Row]:
     """Trains what is not in out/grid.csv yet, one seed of every model after the other; returns all rows."""
-    from mnops import tables
     from mnops.train import checkpoint
+    from mnops.train.distributed import world
 
     path = out / "grid.csv"
     rows = read(path) if path.exists() else []
@@ -92,28 +92,33 @@ def run(chosen: Sequence[Model], seeds: int, options: Sequence[str], out: Path) 
     done = {(row["model"], row["seed"]) for row in rows}
     todo = [(m, seed) for seed in range(seeds) for m in chosen if (m.name, seed) not in done]
     explicit = vars(training.parser().parse_args(list(options)))
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun
-    for number, (model, seed) in enumerate(todo, 1):
-        folder = out / f"{model.name}-seed{seed}"
-        last = folder / "last.pt"
-        if first:
-            print(f"[{number}/{len(todo)}] MobileNet {model.name}, seed {seed}", flush=True)
-        rest = {"seed": seed, "out": str(folder), "resume": last.exists(), "compare": 0.0}
-        result = training.train({**explicit, **model._asdict(), **rest})
-        if not first:
-            continue
-        state = checkpoint.load(last)
-        counted = tables.mobilenet(model.width, model.size, model.variant, len(state["classes"]))
-        rows.append({
-            "model": model.name, **model._asdict(), "seed": seed, "mult_adds": counted.mult_adds,
-            "parameters": counted.parameters, "classes": len(state["classes"]), "images": state["images"],
-            "epochs": state["settings"]["epochs"], "test_accuracy": result["accuracy"],
-            "test_top5": result["top5"], "test_loss": result["loss"], "seconds": round(state["seconds"], 2),
-            "options": made_with,
-        })  # fmt: skip
-        write(path, rows)
-        last.unlink()  # best.pt stays; the row says that the run is over
+    with world(explicit.get("device")) as w:
+        for number, (model, seed) in enumerate(todo, 1):
+            folder = out / f"{model.name}-seed{seed}"
+            last = folder / "last.pt"
+            if w.rank == 0:
+                print(f"[{number}/{len(todo)}] MobileNet {model.name}, seed {seed}", flush=True)
+            rest = {"seed": seed, "out": str(folder), "resume": last.exists(), "compare": 0.0}
+            result = training.train({**explicit, **model._asdict(), **rest})
+            if w.rank == 0:
+                rows.append(_row(model, seed, result, checkpoint.load(last), made_with))
+                write(path, rows)
+                last.unlink()  # best.pt stays; the row says that the run is over
     return rows
+
+
+def _row(model: Model, seed: int, result: dict[str, float], state: dict[str, Any], made_with: str) -> Row:
+    from mnops import tables
+
+    classes = len(state["classes"])
+    counted = tables.mobilenet(model.width, model.size, model.variant, classes)
+    return {
+        "model": model.name, **model._asdict(), "seed": seed, "mult_adds": counted.mult_adds,
+        "parameters": counted.parameters, "classes": classes, "images": state["images"],
+        "epochs": state["settings"]["epochs"], "test_accuracy": result["accuracy"],
+        "test_top5": result["top5"], "test_loss": result["loss"], "seconds": round(state["seconds"], 2),
+        "options": made_with,
+    }  # fmt: skip
 
 
 # ---- what it shows ----
@@ -308,14 +313,15 @@ def main(argv: list[str] | None = None) -> int:
             rows = read(out / "grid.csv")
         else:
             rows = run(models(widths, sizes), scale["seeds"], (*data, *scale["options"], *options), out)
+        if os.environ.get("RANK", "0") != "0":  # of torchrun: one of them speaks
+            return 0
         if not rows:
             raise TrainError(f"{out / 'grid.csv'}: has no row yet")
-        if os.environ.get("RANK", "0") == "0":
-            text = report(rows)
-            (out / "report.txt").write_text(text)
-            print(text, end="")
-            plot(rows, out / "grid.svg")
-            print(f"rows, report and plot in {out}")
+        text = report(rows)
+        (out / "report.txt").write_text(text)
+        print(text, end="")
+        plot(rows, out / "grid.svg")
+        print(f"rows, report and plot in {out}")
     except TrainError as e:
         print(f"mnops grid: {e}", file=sys.stderr)
         return 2

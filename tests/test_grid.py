@@ -2,6 +2,8 @@
 
 import csv
 import math
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -63,12 +65,10 @@ def test_a_row_a_model_and_seed(whole):
 
 def test_a_killed_grid_goes_on_to_the_same_rows(command, whole, tmp_path, monkeypatch):
     """Stopped between the epochs of the third model, and by a kill before the fifth one's row."""
-    args = [*command, "--seeds", "2", "--out", str(tmp_path)]
-    calls = []
+    args = [*command, "--out", str(tmp_path)]
 
     def stop(path, state, save=checkpoint.save):
         save(path, state)
-        calls.append(path)
         if path.name == "last.pt" and path.parent.name == "0.125-24-seed0" and state["step"] == 2:
             raise KeyboardInterrupt
 
@@ -89,8 +89,23 @@ def test_a_killed_grid_goes_on_to_the_same_rows(command, whole, tmp_path, monkey
         with pytest.raises(MemoryError):
             grid.main(args)
     assert grid.main(args) == 0
-    assert without_times(tmp_path / "grid.csv") == without_times(whole / "grid.csv")
+    assert without_times(tmp_path / "grid.csv") == without_times(whole / "grid.csv")[:6]
     assert list(tmp_path.glob("*/last.pt")) == []
+
+
+def test_two_processes(command, tmp_path):
+    """torchrun: one process group for all models, one process that writes."""
+    args = [*command, "--widths", "0.125", "--sizes", "16", "--epochs", "1", "--out", str(tmp_path)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "mnops", "grid", *args], capture_output=True, text=True,
+        timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [r["model"] for r in grid.read(tmp_path / "grid.csv")] == [
+        "0.125-16", "conv-0.125-16", "shallow-0.125-16",
+    ]  # fmt: skip
+    assert done.stdout.count("difference, points") == 1
 
 
 def test_what_is_there_is_not_trained_again(command, whole, monkeypatch, capsys):

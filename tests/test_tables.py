@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnops
-from benchmarks import shapes, stock
 from mnops import tables
 from mnops.__main__ import main as commands
+from mnops.bench import harness
 from mnops.models import STAGES, VARIANTS
 
 # arXiv:1704.04861, counted exactly: mult-adds at 224, 192, 160, 128; weights; parameters of torch
@@ -89,6 +89,7 @@ def test_table_1_finds_the_misprinted_stride():
 
 
 def test_the_benchmarks_measure_the_same_layers():
+    shapes, stock = harness("shapes"), harness("stock")
     kinds = {"3x3": "stem", "1x1": "pointwise", "depthwise": "depthwise"}
     ours = [
         (kinds[layer.kind], layer.input[0], layer.weight[0], *layer.input[1:], layer.weight[2], layer.stride)

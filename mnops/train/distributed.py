@@ -20,7 +20,8 @@ class World(NamedTuple):
 
 @contextmanager
 def world(device: str | None) -> Iterator[World]:
-    """The process group of torchrun (NCCL on CUDA, else gloo), or a world of one. No device: CUDA or CPU."""
+    """The process group of torchrun (NCCL on CUDA, else gloo), or a world of one. No device: CUDA or CPU.
+    Inside another `world` it is that one's group, as a group cannot be set up twice."""
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -35,11 +36,14 @@ def world(device: str | None) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, target)
         return
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    outermost = not dist.is_initialized()
+    if outermost:
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, target)
     finally:
-        dist.destroy_process_group()
+        if outermost:
+            dist.destroy_process_group()
 
 
 def distributed_model(model: nn.Module, world: World, sync_bn: bool) -> nn.Module:
