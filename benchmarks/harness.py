@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import machine, memory, rows, timing
+from . import machine, rows, timing
+from .contender import Apart, Contender
 from .layer_case import LayerCase
 from .peers import MINE, PEERS, Case
 from .rows import Row
-from .step import Step, error, tolerance
+from .step import error, tolerance
 
 BUSY = 1.0  # load average of the last minute, above which somebody else is computing
 
@@ -76,52 +77,46 @@ def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda
     common = {**case.columns, **identity(options), "cache_bytes": machine.last_level_cache(device)}
     before = machine.rates(device, case.dtype)
     limit = tolerance(case, device)
-    steps: dict[str, Step] = {}
+    ready: dict[str, Contender | Apart] = {}
     made: dict[str, Row] = {}
     for peer in served:
         row = made[peer.name] = {**common, "contender": peer.name, "layout": peer.layout}
         try:
             row["backend"] = peer.backend(case, device)
-            step = peer.build(case, device)
-            row["error"] = error(step.outputs(), peer.truth(case))
+            contender = start(peer.name, case, options)
+            row["error"] = error(contender.outputs(), peer.truth(case))
             row["check"] = "ok" if row["error"] <= limit else "wrong"
             if row["check"] == "ok":
-                if options.launch == "graph":
-                    step = replace(step, call=timing.graphed(step.call, 2))
-                steps[peer.name] = step
+                contender.ready()
+                ready[peer.name] = contender
+            else:
+                contender.close()
         except Exception as e:  # whatever a contender dies of belongs into its row, and the others go on
             row["check"] = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
-    times = timing.interleave(
-        {n: s.call for n, s in steps.items()}, device, options.budget, options.rounds, tick
-    )
+    samples = {name: contender.sample for name, contender in ready.items()}
+    times = timing.interleave(samples, device, options.budget, options.rounds, tick)
     floor = floors(case, *map(max, before, machine.rates(device, case.dtype)))
     against = next((n for n in [*MINE, *times] if n in times), None)
     for name, values in times.items():
         made[name].update(rows.summarize(values, times[against]), against=against)
-        observe(made[name], steps[name], case, options)
-    del steps
+        made[name].update(ready[name].observe(made[name]["backend"]))
+        ready[name].close()
     gc.collect()
     return [{**row, **floor} for row in made.values()]
+
+
+def start(name: str, case: Case, options: Options) -> Contender | Apart:
+    """A network on a CPU is trained and run by a process that does nothing else: so each contender has one."""
+    if case.suite == "net" and options.device == "cpu":
+        _ = case.weights  # drawn here, the same for all
+        return Apart(name, case, options.device, options.launch, options.threads)
+    return Contender(name, case, options.device, options.launch)
 
 
 def floors(case: Case, copy: float, gemm: float) -> Row:
     """What the machine could do at best, by the rates measured around the case."""
     floor = 1e3 * max(case.bytes / copy, case.flops / gemm) / 1e9
     return {"copy_gbs": copy, "gemm_gflops": gemm, "floor_ms": floor}
-
-
-def observe(row: Row, step: Step, case: Case, options: Options) -> None:
-    """Memory and the kernels that ran: what is not a time."""
-    if step.forward is not None:
-        row["saved_bytes"] = memory.saved_bytes(step.forward, step.parameters)
-    if row["backend"].split()[0] in (
-        "torch",
-        "timm",
-        "mnops",
-    ):  # the others allocate and run out of torch's sight
-        if case.phase == "train" and options.launch == "call":
-            row["peak_bytes"] = memory.peak_bytes(step.call, options.device)
-        row["kernel"] = memory.kernels(step.call, options.device)
 
 
 def identity(options: Options) -> Row:

@@ -1,4 +1,4 @@
-"""Timing: the sides take turns in one process, round by round, so that a slow minute hits all of them."""
+"""Timing: the sides take turns, round by round, so that a slow minute hits all of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 
 Call = Callable[[int], object]  # one step of work on buffer i
+Sample = Callable[[int, int], float]  # seconds of one call, over so many in a row, the first on buffer i
 
 SAMPLE = {"cpu": 0.03, "cuda": 0.005}  # seconds: a sample shorter than this is repeated until it is not
-REST = 0.003  # seconds between contenders, in which the last one's worker threads stop spinning
+REST = 0.005  # seconds between contenders, in which the last one's worker threads stop spinning
 
 
 def sample(call: Call, repeats: int, first: int, device: str) -> float:
@@ -31,7 +32,7 @@ def sample(call: Call, repeats: int, first: int, device: str) -> float:
 
 
 def interleave(
-    calls: dict[str, Call],
+    samples: dict[str, Sample],
     device: str,
     budget: float,
     rounds: tuple[int, int] = (7, 40),
@@ -43,14 +44,14 @@ def interleave(
     `budget` seconds, within `rounds`. `tick` hears the share of the rounds that is done.
     """
     repeats, cost = {}, 0.0
-    for name, call in calls.items():
-        sample(call, 2, 0, device)  # warm-up: allocator, autotuning, lazy packing
-        once = sample(call, 1, 2, device)
+    for name, take in samples.items():
+        take(2, 0)  # warm-up: allocator, autotuning, lazy packing
+        once = take(1, 2)
         repeats[name] = max(1, round(SAMPLE[device] / once))
         cost += once * (repeats[name] + 1) + REST
     count = max(rounds[0], min(rounds[1], int(budget / cost)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
+    times: dict[str, list[float]] = {name: [] for name in samples}
+    order, shuffle = list(samples), random.Random(0).shuffle
     for r in range(count):
         shuffle(order)
         for name in order:
@@ -58,8 +59,8 @@ def interleave(
                 time.sleep(REST)
             # a long step is its own warm-up; a short one gets its code and weights back into cache first
             if repeats[name] > 1:
-                sample(calls[name], 1, r, device)
-            times[name].append(sample(calls[name], repeats[name], r * repeats[name], device))
+                samples[name](1, r)
+            times[name].append(samples[name](repeats[name], r * repeats[name]))
         tick((r + 1) / count)
     return times
 

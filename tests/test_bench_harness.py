@@ -183,7 +183,7 @@ def test_a_second_run_measures_nothing_again(options):
 
 
 def test_rows_are_complete(options):
-    [row] = harness.run([NetworkCase(TINY, "train", 4, torch.float32)], options("torch-nchw"))
+    [row] = harness.run([NetworkCase(TINY, "train", 4, torch.float32)], options("torch-nchw"))  # its own process
     left_out = {c for c in rows.COLUMNS if row.get(c) is None}
     assert not left_out
     assert row["saved_bytes"] > 0
@@ -201,9 +201,13 @@ def test_absent_packages_say_so():
 
 def test_interleaving_gives_one_sample_a_round_and_tells_its_progress():
     seen, shares = [], []
-    calls = {"a": lambda i: seen.append("a"), "b": lambda i: seen.append("b")}
-    times = timing.interleave(calls, "cpu", 0.0, (3, 5), shares.append)
+
+    def take(name):
+        return lambda repeats, first: seen.append((name, repeats)) or timing.SAMPLE["cpu"]
+
+    times = timing.interleave({"a": take("a"), "b": take("b")}, "cpu", 0.0, (3, 5), shares.append)
     assert {n: len(t) for n, t in times.items()} == {"a": 3, "b": 3}
+    assert len(seen) == 10 and {name for name, _ in seen[-2:]} == {"a", "b"}  # two for warm-up, then in turns
     assert shares == pytest.approx([1 / 3, 2 / 3, 1])
 
 
@@ -295,3 +299,15 @@ def test_micro_kernels_of_every_instruction_set_are_right(options):
             for phase in ("forward", "backward"):
                 case = LayerCase(layer, "chained", phase, 2, torch.float32, "kernels")
                 assert step.error(peer.build(case, "cpu").outputs(), peer.truth(case)) < 1e-4
+
+
+def test_what_a_contender_dies_of_in_its_process_is_told():
+    case = NetworkCase(TINY, "infer", 1, torch.float32)
+    with pytest.raises(RuntimeError, match="KeyError: 'no such peer'"):
+        harness.Apart("no such peer", case, "cpu", "call", 1)
+    contender = harness.Apart("torch-nchw", case, "cpu", "call", 1)
+    assert contender.sample(2, 0) > 0
+    assert contender.outputs()[0].shape == case.truth()[0].shape
+    contender.process.kill()
+    with pytest.raises(RuntimeError, match="its process ended with -9"):
+        contender.sample(1, 0)
