@@ -318,7 +318,7 @@ class MobileNet(nn.Module):
         return {name: found[name] for name in wanted}
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map, (N, num_features, H / 32, W / 32) rounded up."""
+        """The last feature map, (N, num_features, H / output_stride, W / output_stride) rounded up."""
         return ops.norm_act(self._body(x))
 
     def _pool(self, x: Tensor | Pending) -> Tensor:

@@ -262,7 +262,7 @@ def train(explicit: dict[str, Any]) -> dict[str, float]:
             raise TrainError(f"--batch-size: must be a multiple of the processes times --accumulate = "
                              f"{w.size} x {s.accumulate}, got {s.batch_size}")
         if s.sync_bn and (s.stock or s.variant == "conv") and w.device.type == "cpu":
-            raise TrainError("--sync-bn: with --stock or --variant conv needs a GPU, PyTorch's own SyncBatchNorm "
+            raise TrainError("--sync-bn: with --stock or --variant conv needs a GPU: PyTorch's SyncBatchNorm "
                              "has no CPU form")
         model = build_model(s, len(data.classes), w.device)
         trainer = Trainer(model, data, s, w, path.parent)
