@@ -17,7 +17,7 @@ from mnops import backends, lazy, ops, sync
 from mnops.lazy import LazyTensor, real
 from mnops.nn import BATCH_NORMS, served_by, statistics
 from mnops.ops import Pending
-from mnops.ops._contract import DTYPES
+from mnops.ops._contract import DTYPES, pending_args
 
 __all__ = ["FusionReport", "fuse", "fusion_report", "unfuse"]
 
@@ -44,7 +44,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         if raw is None or raw.mean is None or sync.group_of(self) is None:
             return super().forward(x)
         mean, var = statistics(self, *raw, measured=True)
-        return lazy.lazy(Pending(raw.y, mean, var, self.weight, self.bias, self.eps), x.nchw, x.source)
+        pending = pending_args(Pending(raw.y, mean, var, self.weight, self.bias, self.eps), cast=False)
+        return lazy.lazy(Pending(*pending), x.nchw, x.source)
 
 
 FUSED = {nn.Conv2d: Conv2d, nn.SyncBatchNorm: SyncBatchNorm}

@@ -149,14 +149,15 @@ class LazyTensor(Tensor):
 
 
 class _Defer(torch.autograd.Function):
-    """Makes the LazyTensor, with the backward of the norm_act that was not run."""
+    """Gives a LazyTensor, `out`, the backward of the norm_act that was not run."""
 
     @staticmethod
-    def forward(ctx, x, mean, var, gamma, beta, eps, act, nchw):
+    def forward(ctx, x, mean, var, gamma, beta, eps, act, out):
         ctx.rest = (eps, act)
         ctx.identity = mean is None and act == "none"
         ctx.save_for_backward(x, mean, var, gamma, beta)
-        return LazyTensor(x, nchw)
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
     def backward(ctx, g):
@@ -178,13 +179,26 @@ class _Materialise(torch.autograd.Function):
 
 
 def lazy(pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> LazyTensor:
-    pending = Pending(*c.pending_args(pending, cast=False))
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in pending):
-        out = _Defer.apply(*pending, nchw)
-    else:
-        out = LazyTensor(pending.x, nchw)
-    out.pending, out.raw, out.nchw, out.source = pending, raw, nchw, source
+    """The LazyTensor of a Pending whose vectors have the dtype that the schemas want."""
+    out = LazyTensor(pending.x, nchw)
+    out.nchw, out.source = nchw, source
+    _describe(out, pending, raw)
     return out
+
+
+def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
+    """Makes `pending` what out is, for autograd too: in place, over a value that nothing depends on any more."""
+    grad = any(isinstance(a, Tensor) and a.requires_grad for a in pending)
+    if grad and not torch.is_grad_enabled():  # what is made without autograd is a constant ever after
+        grad = False
+        pending = Pending(*(a.detach() if isinstance(a, Tensor) else a for a in pending))
+        raw = raw and Raw(*(a if a is None else a.detach() for a in raw))
+    out.pending, out.raw = pending, raw
+    if grad:
+        with torch._C.DisableTorchFunctionSubclass():
+            if out.requires_grad:
+                out.detach_()
+            _Defer.apply(*pending, out)
 
 
 def lazy_output(
@@ -214,10 +228,10 @@ def real(z: Tensor) -> Tensor:
     """z as a plain tensor, connected to autograd; what is not a LazyTensor is given back."""
     if type(z) is not LazyTensor:
         return z
-    with torch._C.DisableTorchFunctionSubclass():
-        wanted = torch.is_grad_enabled() and z.requires_grad
-    if z._real is None or (wanted and not z._real.requires_grad):
-        z._real = _Materialise.apply(z) if wanted else data(z).detach()
+    connected = _requires_grad(z)
+    if z._real is None or (connected and not z._real.requires_grad):
+        with torch.set_grad_enabled(connected):  # whoever looks, and in whatever mode: z has its grad_fn
+            z._real = _Materialise.apply(z) if connected else data(z).detach()
     return z._real
 
 
@@ -229,6 +243,11 @@ def pending_of(x: Tensor) -> Tensor | Pending:
     return x.pending if unchanged(x) else real(x)
 
 
+def _requires_grad(z: LazyTensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return z.requires_grad
+
+
 def unchanged(z: LazyTensor) -> bool:
     """Whether `pending` still describes z."""
     if z.pending is None:
@@ -236,15 +255,12 @@ def unchanged(z: LazyTensor) -> bool:
     return z._data is None or (z._version_seen >= 0 and z._data._version == z._version_seen)
 
 
-def _become(old: LazyTensor, new: Tensor) -> None:
-    """old = new, in place: for autograd old.copy_(new) over a value that nothing depends on any more."""
+def _become(z: LazyTensor, changed: Tensor) -> None:
+    """z is now that real tensor, in place: for autograd z.copy_(changed) over a value that is gone."""
+    z.pending, z.raw, z._data, z._real = None, None, changed.detach(), changed
     with torch._C.DisableTorchFunctionSubclass():
-        if torch.is_grad_enabled() and (old.requires_grad or new.requires_grad):
-            old.detach_().copy_(new)
-    if type(new) is LazyTensor:
-        old.pending, old.raw, old._data, old._real = new.pending, None, new._data, new._real
-    else:
-        old.pending, old.raw, old._data, old._real = None, None, new.detach(), new
+        if torch.is_grad_enabled() and (z.requires_grad or changed.requires_grad):
+            z.detach_().copy_(changed)
 
 
 def _on_real(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -300,18 +316,19 @@ def _batch_norm(
         mean, var = running_mean, running_var
         if shift is not None:
             mean = mean.to(c.wide(y)) - shift
-    return lazy(Pending(y, mean, var, weight, bias, eps), x.nchw, x.source)
+    pending = c.pending_args(Pending(y, mean, var, weight, bias, eps), cast=False)
+    return lazy(Pending(*pending), x.nchw, x.source)
 
 
 def _activate(x: Tensor, act: str, inplace: bool) -> Any:
     if type(x) is not LazyTensor or not unchanged(x) or x.pending.act != "none":
         return NotImplemented
-    if inplace and x._data is not None:  # somebody has that tensor: it must change
-        return NotImplemented
-    z = lazy(x.pending._replace(act=act), x.nchw, x.source)
+    if inplace and (x._data is not None or (not torch.is_grad_enabled() and _requires_grad(x))):
+        return NotImplemented  # somebody has that tensor, or autograd is not to see the change
+    pending = x.pending._replace(act=act)
     if not inplace:
-        return z
-    _become(x, z)
+        return lazy(pending, x.nchw, x.source)
+    _describe(x, pending, None)
     return x
 
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from fused_models import NETWORKS, SURPRISES
+from fused_models import NETWORKS, SURPRISES, conv_norm_act
 from torch import nn
 
 import mnops
@@ -440,3 +440,27 @@ def test_a_residual_is_added_as_it_is_made_real():
             fused.eval()(x)
         calls = [e.name for e in profile.events()]
         assert not any(c in ("aten::add", "aten::add_") for c in calls)
+
+
+class PartlyWithoutGrad(nn.Module):
+    """A backbone without gradients, whose last activation and head have them, and the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (conv_norm_act(3, 3, act=None) for _ in range(2))
+        self.head = conv_norm_act(3, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            a = self.a(x)
+        b = self.b(x)
+        with torch.no_grad():
+            c = torch.relu(b)
+            d = torch.relu_(b)
+        return self.head(a) + self.head(torch.relu(a)) * self.head(c) - self.head(d) * self.head(b)
+
+
+def test_parts_without_gradients():
+    stock, fused = pair(PartlyWithoutGrad)
+    assert_same(stock, fused)
+    assert all(p.grad is None for p in fused.a.parameters())
