@@ -327,3 +327,20 @@ def test_tf_slims_start_is_a_truncated_normal():
     assert (model.classifier.bias == 0).all()
     he = cli.build_model(Namespace(**cli.DEFAULTS), 10, CPU)
     assert he.blocks[4][1].conv_pw.weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.01)
+
+
+def test_tf_slims_recipe():
+    """Every number of its mobilenet_v1 and train_image_classifier."""
+    s = Namespace(**{**cli.DEFAULTS, **cli.PRESETS["tf-slim"]})
+    model = cli.build_model(s, 10, CPU)
+    optimizer = optim.build_optimizer(s, model)
+    assert isinstance(optimizer, optim.RMSpropTF)
+    names = "lr", "decay", "momentum", "eps", "weight_decay"
+    rules = [tuple(group[name] for name in names) for group in optimizer.param_groups]
+    assert rules == [(0.045, 0.9, 0.9, 1.0, 4e-5), (0.045, 0.9, 0.9, 1.0, 0.0)]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.eps, round(1 - m.momentum, 6)) for m in norms} == {(1e-3, 0.9997)}
+    assert (model.act, model.same, model.dropout) == ("relu6", True, 0.001)
+    assert (s.schedule, s.decay_rate, s.decay_epochs) == ("exponential", 0.94, 2.5)
+    assert s.smoothing == s.mixup == 0
+    assert s.crop_scale[0] > 0.05  # narrower than Inception's, as the paper asks
