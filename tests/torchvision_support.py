@@ -3,15 +3,17 @@
     torchvision = torchvision_support.load()    # skips the test where torchvision is not installed
 
 There its Python parts are all one needs, but `import torchvision` itself fails: it describes operators that
-nobody declared. So they are declared here, and non-maximum suppression gets an implementation.
+nobody declared. So they are declared here, and the two that detection needs get a form in PyTorch.
 """
 
 import importlib
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _declared: list[torch.library.Library] = []  # a Library undoes its registrations when it is collected
@@ -34,22 +36,39 @@ def load() -> ModuleType:
     torchvision = importlib.import_module("torchvision")
     importlib.import_module("torchvision.ops")
     sys.modules["torchvision.ops.boxes"]._assert_has_ops = lambda: None
-    # Without compiled operators roi_align is Python that torch.compile is asked to make fast: not for a test.
-    roi_align = sys.modules["torchvision.ops.roi_align"]
-    roi_align._roi_align = roi_align._roi_align.__wrapped__
+    sys.modules["torchvision.ops.roi_align"]._roi_align = _roi_align
     return torchvision
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression of (N, 4) boxes x1, y1, x2, y2: the kept indices, best score first."""
+    from torchvision.ops import box_iou
+
     order = scores.argsort(descending=True, stable=True)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    kept = []
-    while len(order):
-        best, order = order[0], order[1:]
-        kept.append(best)
-        low = torch.maximum(boxes[best, :2], boxes[order, :2])
-        high = torch.minimum(boxes[best, 2:], boxes[order, 2:])
-        shared = (high - low).clamp(min=0).prod(1)
-        order = order[shared <= iou_threshold * (area[best] + area[order] - shared)]
-    return torch.stack(kept) if kept else order
+    overlaps = (box_iou(boxes[order], boxes[order]) > iou_threshold).numpy()
+    dropped = np.zeros(len(order), bool)
+    for i in range(len(order)):
+        if not dropped[i]:
+            dropped[i + 1 :] |= overlaps[i, i + 1 :]
+    return order[torch.from_numpy(~dropped)]
+
+
+def _roi_align(
+    x: Tensor, rois: Tensor, scale: float, height: int, width: int, sampling: int, aligned: bool
+) -> Tensor:
+    """torchvision's roi_align, for boxes inside the image: (N, C, H, W) and (K, 5) -> (K, C, height, width).
+
+    Its own Python form is one that torch.compile is asked to make fast, which takes long.
+    """
+    assert sampling > 0 and not aligned
+    low, high = (rois[:, 1:] * scale).split(2, 1)
+    size = (high - low).clamp(min=1)
+    ends = torch.tensor([x.shape[3] - 1, x.shape[2] - 1]).clamp(min=1)
+    columns, rows = (
+        (low[:, None, i] + size[:, None, i] * (torch.arange(n) + 0.5) / n) * 2 / ends[i] - 1
+        for i, n in enumerate((width * sampling, height * sampling))
+    )
+    grid = torch.stack([columns[:, None].expand(-1, rows.shape[1], -1),
+                        rows[:, :, None].expand(-1, -1, columns.shape[1])], 3)  # fmt: skip
+    samples = F.grid_sample(x[rois[:, 0].long()], grid, padding_mode="border", align_corners=True)
+    return F.avg_pool2d(samples, sampling)

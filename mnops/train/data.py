@@ -4,15 +4,16 @@ Every random choice about an image is a function of (seed, epoch, index of the i
 history. So a resumed run, any number of worker processes and any number of ranks see the same pixels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import TrainError
@@ -123,14 +124,14 @@ def image_folder(root: Path, train: Transform, test: Transform, seed: int, val_f
         held_out = next((d for name in ("val", "validation", "test") if (d := root / name).is_dir()), None)
         if held_out is None:
             raise TrainError(f"--data {root}: beside train there must be a folder val, validation or test")
-        images, labels, classes = _scan(root / "train")
-        test_images, test_labels, test_classes = _scan(held_out)
+        images, labels, classes = class_folders(root / "train")
+        test_images, test_labels, test_classes = class_folders(held_out)
         if classes != test_classes:
             name = sorted(set(classes) ^ set(test_classes))[0]
             raise TrainError(f"--data {root}: class {name!r} is in only one of train and {held_out.name}")
         data = Data(Images(images, labels, train, seed), Images(test_images, test_labels, test), classes)
     else:
-        data = _split(*_scan(root), val_fraction, train, test, seed)
+        data = _split(*class_folders(root), val_fraction, train, test, seed)
     files = [*data.train.images, *data.test.images]
     if verify or (verify is None and len(files) <= VERIFY_LIMIT):
         for path in files:
@@ -138,7 +139,10 @@ def image_folder(root: Path, train: Transform, test: Transform, seed: int, val_f
     return data
 
 
-def _scan(root: Path) -> tuple[list[Path], list[int], list[str]]:
+def class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
+    """The images of `root`/CLASS/*, their labels, and the names of the classes, in order."""
+    if not root.is_dir():
+        raise TrainError(f"{root}: there is no such directory")
     folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     if len(folders) < 2:
         raise TrainError(f"{root}: must hold one folder a class, two at least, got {len(folders)}")
@@ -199,18 +203,19 @@ def test_keys(images: int, batch: int, rank: int, world: int) -> list[list[tuple
     return [[(0, i) for i in own[k:k + batch]] for k in range(0, len(own), batch)]
 
 
-def batches(data: Images, keys: Iterable[list[tuple[int, int]]], workers: int,
-            device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """uint8 images (N, 3, size, size), channels_last, and int64 labels (N,), on the device."""
-    loader = DataLoader(data, batch_sampler=keys, num_workers=workers, collate_fn=_collate,
+def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, 3, size, size), channels_last, and int64 labels (N,), or (N, A) where one has many."""
+    images, labels = zip(*samples)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(labels))
+
+
+def batches(data: Dataset, keys: Iterable[list[tuple[int, int]]], workers: int, device: torch.device,
+            collate: Callable[[list], Any] = collate) -> Iterator[Any]:
+    """What `collate` makes of the samples of each list of keys, its tensors on the device."""
+    loader = DataLoader(data, batch_sampler=keys, num_workers=workers, collate_fn=collate,
                         pin_memory=device.type == "cuda")
     try:
-        for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for batch in loader:
+            yield tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
     except TrainError as e:  # from a worker process the sentence comes after that process's traceback
         raise TrainError(str(e).strip().rpartition("TrainError: ")[2]) from e
-
-
-def _collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*samples)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)

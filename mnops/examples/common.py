@@ -1,0 +1,302 @@
+"""What the examples share: options, a training loop, predictions, a page to look at, errors."""
+
+import argparse
+import base64
+import csv
+import html
+import io
+import math
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from mnops.train import TrainError, checkpoint
+from mnops.train.cli import DEFAULTS, MODEL, build_model, ema_weights, number
+from mnops.train.data import Images, StepSampler, Transform, batches, collate, test_keys
+from mnops.train.distributed import world
+from mnops.train.log import Csv
+from mnops.train.loop import autocast, step_seed, to_input
+from mnops.train.optim import build_optimizer
+from mnops.train.schedule import lr_factor
+
+# ---- options ----
+
+
+class Command:
+    """One example: its options and how it is run.
+
+    Args:
+        name: of the module in mnops.examples.
+        description: for --help.
+        defaults: settings that differ from those of `python -m mnops train`.
+    """
+
+    def __init__(self, name: str, description: str, **defaults: Any) -> None:
+        self.name, self.defaults = name, DEFAULTS | {"out": f"runs/{name}", "weights": None} | defaults
+        self.parser = argparse.ArgumentParser(
+            prog=f"python -m mnops.examples.{name}", description=description, allow_abbrev=False
+        )
+        positive = number(float, 0, above=True)
+        add = self.option
+        add("--data", "folder of the data set", required=True, metavar="DIR")
+        add("--out", "folder of the results", metavar="DIR")
+        add("--overwrite", "replace the results that --out holds", action="store_true")
+        add("--evaluate", "only test this model.pt of an earlier run", metavar="CHECKPOINT")
+        add("--weights", "start from a checkpoint of `python -m mnops train`", metavar="CHECKPOINT")
+        add("--width", "width multiplier", type=positive)
+        add("--size", "input height and width", type=number(int, 1))
+        add("--epochs", "times over the training data", type=number(int, 1))
+        add("--batch-size", "images a step", type=number(int, 1))
+        add("--optimizer", "", choices=["rmsprop", "sgd", "adamw"])
+        add("--lr", "learning rate at the start; it falls to 0 along a cosine", type=positive)
+        add("--weight-decay", "not on depthwise filters, norms and biases", type=number(float, 0))
+        add("--amp", "mixed precision", choices=["off", "bf16"])
+        add("--bn-momentum", "share of a new batch in the running statistics", type=number(float, 0, 1))
+        add("--workers", "processes that decode; 0: none [one a core, at most 8]", type=number(int, 0))
+        add("--device", "cpu, cuda, cuda:1, ... [cuda where there is one]")
+        add("--seed", "of weights, order and crops", type=number(int, 0))
+
+    def option(self, name: str, text: str, **more: Any) -> None:
+        """Adds one; its default is the setting of its name."""
+        default = self.defaults.setdefault(name[2:].replace("-", "_"))
+        shown = "" if default is None or isinstance(default, bool) else f" [{default}]"
+        self.parser.add_argument(name, help=f"{text}{shown}".strip(), default=default, **more)
+
+    def __call__(self, run: Callable[[Namespace, torch.device], None]) -> Callable[[list[str] | None], int]:
+        """Decorates run(settings, device) to a main(argv): 0; 2 for a mistake of the user's; 130 for ^C."""
+
+        def main(argv: list[str] | None = None) -> int:
+            s = Namespace(**{**self.defaults, **vars(self.parser.parse_args(argv))})
+            s.workers = min(8, os.cpu_count() or 1) if s.workers is None else s.workers
+            try:
+                if not Path(s.data).is_dir():
+                    raise TrainError(f"--data {s.data}: there is no such directory")
+                if not s.overwrite and (Path(s.out) / "model.pt").exists():
+                    raise TrainError(f"--out {s.out}: holds a model already; --overwrite replaces it")
+                with world(s.device) as here:
+                    if here.size > 1:
+                        raise TrainError(f"an example runs in one process, got {here.size}")
+                    torch.manual_seed(s.seed)
+                    run(s, here.device)
+            except TrainError as e:
+                print(f"{self.name}: {e}", file=sys.stderr)
+                return 2
+            except ModuleNotFoundError as e:
+                package = (e.name or "").partition(".")[0]
+                if package == "mnops":
+                    raise
+                print(
+                    f"{self.name}: needs the package {package}: pip install 'mnops[examples]'",
+                    file=sys.stderr,
+                )
+                return 2
+            except KeyboardInterrupt:
+                print(f"{self.name}: interrupted", file=sys.stderr)
+                return 130
+            return 0
+
+        return main
+
+
+# ---- data ----
+
+
+def transforms(s: Namespace) -> tuple[Transform, Transform]:
+    """Random crops for training, the central square for tests."""
+    train = Transform(s.size, tuple(s.crop_scale), tuple(s.crop_ratio), flip=s.flip, pad=s.pad)
+    return train, Transform(s.size, crop=s.crop)
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a text file, without their ends; TrainError if there is no such file or it is not text."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as e:
+        raise TrainError(f"{path}: there is no such file") from e
+    except UnicodeDecodeError as e:
+        raise TrainError(
+            f"{path}: must be a text file in UTF-8, got byte {e.object[e.start]:#x} at {e.start}"
+        ) from e
+
+
+def existing(path: Path, told_by: str) -> Path:
+    """path, if it is a file; TrainError naming the place that told of it."""
+    if not path.is_file():
+        raise TrainError(f"{told_by}: there is no image {path}")
+    return path
+
+
+# ---- training ----
+
+
+def network(s: Namespace, outputs: int, device: torch.device, **changed: Any) -> nn.Module:
+    """A MobileNet by the settings, from --weights where given; its classifier is new."""
+    s = Namespace(**{**vars(s), **changed})
+    model = build_model(s, outputs, device)
+    if s.weights:
+        path, own = Path(s.weights), model.state_dict()
+        found = ema_weights(checkpoint.load(path))
+        body = {name: value for name, value in found.items() if not name.startswith("classifier.")}
+        new = {name: value for name, value in own.items() if name.startswith("classifier.")}
+        checkpoint.load_weights(model, body | new, path)
+    return model
+
+
+def saved(s: Namespace, path: str, build: Callable[[Namespace], nn.Module], **wanted: Any) -> nn.Module:
+    """The model of an earlier run, of the width it was made with. wanted: entries that it must have."""
+    state = checkpoint.load(Path(path))
+    checkpoint.check_settings(state, wanted, Path(path))
+    made_with = {k: v for k, v in state.get("settings", {}).items() if k in MODEL}
+    model = build(Namespace(**{**vars(s), **made_with, "weights": None}))
+    checkpoint.load_weights(model, state["model"], Path(path))
+    return model
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    data: Dataset,
+    s: Namespace,
+    device: torch.device,
+    name: str = "model",
+    *,
+    keys: Iterable[list[tuple[int, int]]] | None = None,
+    frozen: Sequence[nn.Module] = (),
+    collate: Callable[[list], Any] = collate,
+    **extra: Any,
+) -> None:
+    """Trains the model in place; writes OUT/NAME.csv, a row a step, and OUT/NAME.pt, with `extra` in it.
+
+    Args:
+        loss: of a batch, (images in [-1, 1], labels) unless `collate` makes something else of it.
+        keys: the (epoch, index) of each batch; None: every image once an epoch in random order.
+        frozen: modules that stay in eval mode: their running statistics stand still.
+    """
+    if keys is None:
+        if len(data) < s.batch_size:
+            raise TrainError(
+                f"--batch-size: must be at most the number of training images = {len(data)}, "
+                f"got {s.batch_size}"
+            )
+        keys = StepSampler(len(data), s.batch_size, s.seed, 0, s.epochs * (len(data) // s.batch_size), 0, 1)
+    total, out = len(keys), Path(s.out)
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer = build_optimizer(s, model)
+    model.train()
+    for module in frozen:
+        module.eval()
+    log = Csv(out / f"{name}.csv", ["step", "lr", "loss"], 0)
+    bar = tqdm(total=total, desc=name, unit="step", dynamic_ncols=True)
+    warmup = round(s.warmup_epochs * total / s.epochs)
+    try:
+        for step, batch in enumerate(batches(data, keys, s.workers, device, collate)):
+            lr = s.lr * lr_factor(step, schedule="cosine", total=total, warmup=warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(step_seed(s.seed, step, 0))
+            images, labels = batch
+            if isinstance(images, Tensor):
+                images = to_input(images, s.channels_last)
+            with autocast(device, s.amp):
+                value = loss(images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            row = {"step": step + 1, "lr": lr, "loss": value.item()}
+            if not math.isfinite(row["loss"]):
+                raise TrainError(f"the loss is {row['loss']} at step {step + 1}: try a smaller --lr")
+            log.write(row)
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+    finally:
+        bar.close()
+        log.close()
+    checkpoint.save(out / f"{name}.pt", {"model": model.state_dict(), "settings": vars(s), **extra})
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Images, s: Namespace, device: torch.device, name: str = "test") -> Tensor:
+    """The model's outputs for all images, in their order, on the CPU."""
+    model.eval()
+    found = []
+    keys = test_keys(len(data), s.batch_size, 0, 1)
+    for images, _ in tqdm(batches(data, keys, s.workers, device), name, len(keys), unit="batch"):
+        with autocast(device, s.amp):
+            found.append(model(to_input(images, s.channels_last)).float().cpu())
+    return torch.cat(found)
+
+
+# ---- results ----
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+class Page:
+    """An index.html in one file: paragraphs, tables, pictures and drawings."""
+
+    def __init__(self, title: str) -> None:
+        self.parts = [
+            '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+            f"<title>{html.escape(title)}</title>"
+            "<style>body{font:15px sans-serif;margin:2em;max-width:70em}"
+            "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
+            "figure{display:inline-block;margin:.4em;vertical-align:top;max-width:20em}"
+            "figure img{max-width:20em}figcaption{font-size:13px}svg{max-width:100%}</style>",
+            f"<h1>{html.escape(title)}</h1>",
+        ]
+
+    def text(self, text: str) -> None:
+        self.parts.append(f"<p>{html.escape(text)}</p>")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+        lines = [f"<tr>{''.join(f'<th>{html.escape(str(c))}</th>' for c in columns)}</tr>"]
+        lines += [f"<tr>{''.join(f'<td>{html.escape(_shown(v))}</td>' for v in row)}</tr>" for row in rows]
+        self.parts.append(f"<table>{''.join(lines)}</table>")
+
+    def picture(self, image: Image.Image | np.ndarray | Path, caption: str, side: int = 256) -> None:
+        """The image, made smaller where a side is longer than `side` pixels."""
+        if isinstance(image, Path):
+            from mnops.train.data import decode
+
+            image = decode(image)
+        elif isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        image = image.convert("RGB")
+        image.thumbnail((side, side))
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=90)
+        source = base64.b64encode(data.getvalue()).decode()
+        self.parts.append(
+            f'<figure><img alt="" src="data:image/jpeg;base64,{source}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+
+    def drawing(self, width: float, height: float, shapes: Iterable[str]) -> None:
+        """An SVG of elements, whose text the caller has escaped."""
+        self.parts.append(
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+            f'width="{width:g}">{"".join(shapes)}</svg>'
+        )
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(path, lambda file: file.write("\n".join(self.parts).encode()))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
