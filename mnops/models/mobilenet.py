@@ -298,7 +298,9 @@ class MobileNet(nn.Module):
         return x, found
 
     def forward_end_points(self, x: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Activations by TF-slim's names, in the network's order.
+        """Activations by TF-slim's names, in the network's order; no layer after the last of them is run.
+
+        Hooks on a stage are not run where an end point inside it, not at its end, is asked for.
 
         Args:
             x: (N, in_chans, H, W).
