@@ -39,7 +39,7 @@ class Contender:
         """Memory and the kernels that ran: what is not a time."""
         row, step = {}, self.step
         if step.forward is not None:
-            row["saved_bytes"] = memory.saved_bytes(step.forward, step.parameters)
+            row["saved_bytes"] = memory.saved_bytes(step.forward, self.device)
         if backend.split()[0] in ("torch", "timm", "mnops"):  # the others run out of torch's sight
             if self.case.phase == "train" and self.launch == "call":
                 row["peak_bytes"] = memory.peak_bytes(step.call, self.device)

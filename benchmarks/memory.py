@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
-def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that `forward` saves for its backward, without those of `parameters`."""
-    owned = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = forward()  # keeps the graph, and so the storages, until all are counted
-    del alive
-    return sum(kept.values())
+def saved_bytes(forward: Callable[[], object], device: str) -> int:
+    """Bytes that `forward` allocates and that are still held after it, for its backward."""
+    alive: list[object] = []
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        alive.append(forward())
+        return torch.cuda.memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        alive.append(forward())
+    return sum(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
 def peak_bytes(call: Callable[[int], object], device: str) -> int:

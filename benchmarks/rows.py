@@ -50,7 +50,7 @@ COLUMNS = (
     "copy_gbs",
     "gemm_gflops",
     "floor_ms",  # measured in the same run; floor = max(bytes / copy, flops / gemm)
-    "saved_bytes",  # kept by autograd for the backward: distinct storages, parameters left out
+    "saved_bytes",  # allocated by the forward and held after it, for the backward
     "peak_bytes",  # most that was allocated at once in one step, beyond what was there before it
     "kernel",  # what the profiler saw run, with its share of the time
     "cache_bytes",

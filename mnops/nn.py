@@ -22,6 +22,7 @@ from mnops import backends, ops, sync
 from mnops.functional import refuse_single_value, update_running
 from mnops.ops import Pending
 from mnops.ops._contract import same_padding
+from mnops.recompute import recomputed
 from mnops.reference import ACTIVATIONS, wide
 
 __all__ = ["DepthwiseConvBNAct", "DepthwiseSeparable", "PointwiseConvBNAct", "chain"]
@@ -313,6 +314,8 @@ class DepthwiseSeparable(Block):
 
         depth_multiplier: outputs of the depthwise convolution for each of its inputs, as Keras names it.
             Above 1 that convolution is stock's.
+        recompute: the depthwise output, half of what the block keeps for its backward, is computed again there
+            in place of being kept. An attribute; it does nothing to a block that is compiled.
 
     Shape: (N, C, H, W) -> (N, O, Ho, Wo), in x's memory format.
     """
@@ -332,8 +335,10 @@ class DepthwiseSeparable(Block):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         depth_multiplier: int = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__(act, padding, fused)
+        self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
         between = in_channels * depth_multiplier
         self.conv_dw = self._depthwise(
@@ -352,6 +357,12 @@ class DepthwiseSeparable(Block):
         return conv_bn_act(x, self.conv_pw, self.bn2, self.act, fused=self.fused)
 
     def chain(self, x: Tensor | Pending) -> Pending:
+        if self.recompute and self.fused and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            conv = self.conv_dw
+            tensor = x.x if isinstance(x, Pending) else x
+            if _op_of(conv, self.bn1, self.same) == "depthwise" and not backends.recording(tensor):
+                geometry = conv.stride, "same" if self.same else conv.padding, conv.dilation
+                return recomputed(x, self.chain_depthwise, self.chain_pointwise, conv.weight, geometry)
         return separable_bn_act(
             x, self.conv_dw, self.bn1, self.act, self.conv_pw, self.bn2, self.act, self.same, self.fused
         )

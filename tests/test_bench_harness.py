@@ -211,14 +211,15 @@ def test_interleaving_gives_one_sample_a_round_and_tells_its_progress():
     assert shares == pytest.approx([1 / 3, 2 / 3, 1])
 
 
-def test_saved_bytes_counts_each_storage_once_and_no_parameter():
+def test_saved_bytes_are_those_still_held_after_the_forward():
     x, w = torch.ones(8, 8, requires_grad=True), torch.ones(8, 8, requires_grad=True)
 
     def forward():
-        y = x * w  # saves x and w
-        return (y[:4] * y[:4]).sum() + (y * y.detach()).sum()  # saves y, by views of one storage
+        y = x * w  # saves x and w, which were there before
+        passing = torch.ones(1000, 1000)  # freed in between
+        return (y[:4] * y[:4]).sum() + (y * y.detach()).sum() + 0 * passing.sum()  # saves y, by views of it
 
-    assert memory.saved_bytes(forward, [w]) == 2 * 8 * 8 * 4
+    assert 8 * 8 * 4 <= memory.saved_bytes(forward, "cpu") <= 8 * 8 * 4 + 8 * 64  # and a few scalars
 
 
 def test_peak_is_what_is_held_at_once():

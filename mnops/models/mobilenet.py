@@ -120,6 +120,8 @@ class MobileNet(nn.Module):
         divisor, min_depth: see `scaled`.
         features_only: forward returns {end point: feature map}; there is no classifier, and no layer after
             the last of them. Weights of the whole network load with strict=False.
+        recompute: blocks compute their depthwise output again in the backward in place of keeping it: about
+            two thirds of the memory, for some percent of time.
         end_points: which, with features_only; None: the last of each stage, strides 2, 4, 8, 16, 32.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), or (N, num_features) without classifier.
@@ -153,6 +155,7 @@ class MobileNet(nn.Module):
         min_depth: int = 8,
         features_only: bool = False,
         end_points: Collection[str] | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if not width_mult > 0 or not math.isfinite(width_mult):
@@ -204,7 +207,7 @@ class MobileNet(nn.Module):
                 if row.kind == "conv":
                     blocks.append(ConvBNAct(channels, out, **options))
                 else:
-                    options["depth_multiplier"] = depth_multiplier
+                    options |= dict(depth_multiplier=depth_multiplier, recompute=recompute)
                     blocks.append(DepthwiseSeparable(channels, out, **options))
                     self.end_points[own[0]] = EndPoint(channels * depth_multiplier, stride)
                 self.end_points[own[-1]] = EndPoint(out, stride)
