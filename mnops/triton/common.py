@@ -222,15 +222,29 @@ def load_vectors(folded, c, c_ok, C: tl.constexpr):
 
 
 @triton.jit
-def merge_statistics(count, mean, m2, n, here, squares):
-    """Count, mean and sum of squared deviations of two sets of values together.
+def merge_statistics(count, mean, m2, n, delta, squares):
+    """Count, mean and sum of squared deviations of two sets of values together; delta: the second mean less the first.
 
     Chan, Golub and LeVeque, 1983: no sum of squares that could swallow the variance.
     """
     total = count + n
     share = n / tl.maximum(total, 1.0)
-    delta = here - mean
     return total, mean + delta * share, m2 + squares + delta * delta * (count * share)
+
+
+@triton.jit
+def measure_tile(values, ok, n, count, mean, m2):
+    """Count, mean and sum of squared deviations with the n rows of values that are ok among them.
+
+    A tile is measured around the mean so far: where |mean| / std is large so is the rounding of a mean, and it drops
+    out.
+    """
+    if count == 0.0:
+        mean = tl.sum(tl.where(ok, values, 0.0), 0)[None, :] / n
+    away = tl.where(ok, values - mean, 0.0)
+    delta = tl.sum(away, 0)[None, :] / n
+    squares = tl.sum(away * away, 0)[None, :] - n * delta * delta
+    return merge_statistics(count, mean, m2, n, delta, squares)
 
 
 @triton.jit

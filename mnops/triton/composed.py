@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnops.triton.common import DITHER, block_channels, channel_incoming, incoming, merge_statistics, to_float
+from mnops.triton.common import DITHER, block_channels, channel_incoming, incoming, measure_tile, to_float
 from mnops.triton.finish import finish_statistics
 from mnops.triton.launch import cdiv, empty_nhwc, launch, multiprocessors, nhwc, precision, restored, vectors
 from mnops.triton.norm_act import PROGRAMS, WARPS, block, norm_act
@@ -32,18 +32,16 @@ def statistics_kernel(
     blocks = tl.cdiv(C, BLOCK_C)
     group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
-    count = tl.zeros([1, BLOCK_C], tl.float32)
+    count = 0.0
     mean = tl.zeros([1, BLOCK_C], tl.float32)
     m2 = tl.zeros([1, BLOCK_C], tl.float32)
     for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
         p = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
         values = to_float(tl.load(y + p * C + c, mask=(p < P) & c_ok, other=0.0))
         n = tl.minimum(P - tile * BLOCK_P, BLOCK_P).to(tl.float32)
-        here = tl.sum(values, 0)[None, :] / n
-        away = tl.where(p < P, values - here, 0.0)
-        count, mean, m2 = merge_statistics(count, mean, m2, n, here, tl.sum(away * away, 0)[None, :])
+        count, mean, m2 = measure_tile(values, p < P, n, count, mean, m2)
     out = stats + group * C + c
-    tl.store(out, count, mask=c_ok)
+    tl.store(out, count + tl.zeros([1, BLOCK_C], tl.float32), mask=c_ok)
     tl.store(out + groups * C, mean, mask=c_ok)
     tl.store(out + 2 * groups * C, m2, mask=c_ok)
 
@@ -74,7 +72,7 @@ def incoming_kernel(
 
 def better(x: Tensor) -> bool:
     """Whether a 1x1 convolution of x is BLAS's."""
-    return x.device.type == "cuda" and x.dtype == torch.float32 and precision(x) != "tf32"
+    return x.device.type != "cpu" and x.dtype == torch.float32 and precision(x) != "tf32"  # on a CPU: interpreted
 
 
 def measured(y: Tensor, measure: bool) -> tuple[Tensor, Tensor]:

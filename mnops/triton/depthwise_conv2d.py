@@ -150,14 +150,16 @@ def depthwise_conv2d_kernel(
             partial = tail
     if MEASURE:
         n_lane = tl.maximum(count, 1.0)
-        mean_lane = pivot + sum1 / n_lane
         total = tl.sum(count, 0)[:, None]
-        mean_all = tl.sum(count * mean_lane, 0)[None, :] / tl.maximum(total, 1.0)
-        away = mean_lane - mean_all
+        n_all = tl.maximum(total, 1.0)
+        mean_all = tl.sum(count * (pivot + sum1 / n_lane), 0)[None, :] / n_all
+        away = (pivot - mean_all) + sum1 / n_lane  # in this order the rounding of a large mean drops out
+        shift = tl.sum(count * away, 0)[None, :] / n_all
+        away -= shift
         m2 = tl.sum(sum2 - sum1 * sum1 / n_lane + count * away * away, 0)[None, :]
         out = stats + group.to(tl.int64) * C + c
         tl.store(out, total + tl.zeros([1, BLOCK_C], tl.float32), mask=c_ok)
-        tl.store(out + groups.to(tl.int64) * C, mean_all, mask=c_ok)
+        tl.store(out + groups.to(tl.int64) * C, mean_all + shift, mask=c_ok)
         tl.store(out + 2 * groups.to(tl.int64) * C, m2, mask=c_ok)
 
 

@@ -41,7 +41,7 @@ def finish_statistics_kernel(
         here = tl.sum(n * m, 0)[None, :] / tl.maximum(n_here, 1.0)
         away = m - here
         squares = tl.sum(squares + n * away * away, 0)[None, :]
-        count, merged, m2 = merge_statistics(count, merged, m2, n_here, here, squares)
+        count, merged, m2 = merge_statistics(count, merged, m2, n_here, here - merged, squares)
     tl.store(mean + c, merged, mask=c < C)
     tl.store(var + c, m2 / tl.maximum(count, 1.0), mask=c < C)
 

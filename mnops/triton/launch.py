@@ -55,6 +55,11 @@ def recorded() -> Iterator[list[Launch]]:
         _state.record = before
 
 
+def observed() -> bool:
+    """Whether launches are written down or traced, and not done."""
+    return _state.inline or _state.record is not None
+
+
 def launch(kernel: Any, grid: Sequence[int], warps: int = 4, stages: int = 2, **arguments: Any) -> None:
     """kernel[grid](**arguments) on the current stream of the tensors' device."""
     if _state.record is not None:

@@ -41,7 +41,7 @@ from mnops.triton.common import (
     channel_norm,
     incoming,
     load_vectors,
-    merge_statistics,
+    measure_tile,
     normalise,
     product,
     rounded,
@@ -100,18 +100,17 @@ def pointwise_conv2d_kernel(
     group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     o, o_ok = block_channels(tl.program_id(0) % blocks, O, BLOCK_O)
     out = stats + group * O + o
+    count = 0.0
+    mean = tl.zeros([1, BLOCK_O], tl.float32)
+    m2 = tl.zeros([1, BLOCK_O], tl.float32)
     if PERSIST:  # all of w stays in shared memory
         c, c_ok = block_channels(0, C, BLOCK_C)
         w = tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
-        count = 0.0
-        mean = tl.zeros([1, BLOCK_O], tl.float32)
-        m2 = tl.zeros([1, BLOCK_O], tl.float32)
         for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
             first, left = pixels(tile, P, BLOCK_P)
             z = normalised_tile(x + first * C, norm, left, c, c_ok, C, BLOCK_P, NORM, ACT)
             acc = product(z, tl.trans(w), None, PRECISION)
-            n, here, squares = store_tile(y + first * O, acc, left, o, o_ok, O, BLOCK_P, MEASURE)
-            count, mean, m2 = merge_statistics(count, mean, m2, n, here, squares)
+            count, mean, m2 = store_tile(y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE)
     else:
         first, left = pixels(group, P, BLOCK_P)
         acc = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
@@ -120,7 +119,7 @@ def pointwise_conv2d_kernel(
             z = normalised_tile(x + first * C, norm, left, c, c_ok, C, BLOCK_P, NORM, ACT)
             w = tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
             acc = product(z, tl.trans(w), acc, PRECISION)
-        count, mean, m2 = store_tile(y + first * O, acc, left, o, o_ok, O, BLOCK_P, MEASURE)
+        count, mean, m2 = store_tile(y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE)
     if MEASURE:
         tl.store(out, count + tl.zeros([1, BLOCK_O], tl.float32), mask=o_ok)
         tl.store(out + groups * O, mean, mask=o_ok)
@@ -147,19 +146,17 @@ def normalised_tile(
 
 
 @triton.jit
-def store_tile(y, acc, left, o, o_ok, O: tl.constexpr, BLOCK_P: tl.constexpr, MEASURE: tl.constexpr):
-    """Stores acc; its count of pixels, mean and sum of squared deviations."""
+def store_tile(
+    y, acc, left, o, o_ok, count, mean, m2, O: tl.constexpr, BLOCK_P: tl.constexpr, MEASURE: tl.constexpr
+):
+    """Stores acc; count, mean and sum of squared deviations with its pixels among them."""
     p = tl.arange(0, BLOCK_P)[:, None]
     out, stored = rounded(acc, y.dtype.element_ty)
     tl.store(y + (p * O + o), out, mask=(p < left) & o_ok)
-    n = tl.minimum(left, BLOCK_P).to(tl.float32)
-    mean = tl.zeros(o.shape, tl.float32)
-    m2 = mean
     if MEASURE:
-        mean = tl.sum(tl.where(p < left, stored, 0.0), 0)[None, :] / n
-        away = tl.where(p < left, stored - mean, 0.0)
-        m2 = tl.sum(away * away, 0)[None, :]
-    return n, mean, m2
+        n = tl.minimum(left, BLOCK_P).to(tl.float32)
+        count, mean, m2 = measure_tile(stored, p < left, n, count, mean, m2)
+    return count, mean, m2
 
 
 @triton.jit(do_not_specialize=["P"])

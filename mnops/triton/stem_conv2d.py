@@ -25,7 +25,6 @@ from mnops.triton.common import (
     channel_incoming,
     channel_norm,
     incoming,
-    merge_statistics,
     normalise,
     product,
 )
@@ -91,8 +90,9 @@ def stem_conv2d_kernel(
             BLOCK_P, NORM, ACT,
         )  # fmt: skip
         acc = product(z, w, None, PRECISION)
-        n, here, squares = store_tile(y + first * O, acc, left, o, o_ok, O, BLOCK_P, MEASURE)
-        count, mean_y, m2 = merge_statistics(count, mean_y, m2, n, here, squares)
+        count, mean_y, m2 = store_tile(
+            y + first * O, acc, left, o, o_ok, count, mean_y, m2, O, BLOCK_P, MEASURE
+        )  # fmt: skip
     if MEASURE:
         out = stats + group * O + o
         tl.store(out, count + tl.zeros([1, BLOCK_O], tl.float32), mask=o_ok)
