@@ -2,6 +2,8 @@
 # make test     environment, build, then the tests; ARGS="-k depthwise" for some
 # make test-arm    cross-compiles for aarch64 and tests that under emulation (x86-64 Debian; root for apt, the first time)
 # make lint     what CI of a pull request would complain about;  make format mends what a tool can mend
+# make test-gpu    on a machine with a GPU, a PyTorch of its own and nvcc, no network: builds in place, tests ops on the GPU
+# make bench-gpu    there, too: the GPU's benchmark, resumable; rows in benchmarks/results
 # make bench-guard    has anything become slower than the committed rows say?
 # make clean    removes the environment and what was built
 #
@@ -19,7 +21,7 @@ BUILD := $(VENV)/build-$(TORCH).stamp
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 
-.PHONY: train test test-arm bench-guard build lint format clean
+.PHONY: train test test-arm test-gpu bench-gpu build-gpu bench-guard build lint format clean
 
 train: build
 	$(BIN)/python -m mnops train --overwrite $(ARGS)
@@ -29,6 +31,17 @@ test: build
 
 test-arm:
 	tools/arm/test.sh $(ARGS)
+
+# The PyTorch that $(PYTHON) has, and nothing downloaded.
+build-gpu:
+	MNOPS_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m mnops info
+
+test-gpu: build-gpu
+	PYTHON=$(PYTHON) tools/gpu/test.sh $(ARGS)
+
+bench-gpu: build-gpu
+	$(PYTHON) -m mnops bench all --device cuda $(ARGS)
 
 bench-guard: build
 	$(PIP) install $(PIP_ARGS) -r requirements-bench.txt

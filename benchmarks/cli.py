@@ -20,7 +20,7 @@ QUICK = machine.ROOT / "runs" / "bench-quick.csv"
 
 # Each published table is one command, and `bench all` is all of them but the EXTRA ones: a quarter of an hour
 # on two cores, most of it in compilers.
-EXTRA = ("bfloat16", "kernels", "autotune")
+EXTRA = ("bfloat16", "kernels", "autotune", "calls")
 TABLES = {
     "cpu": {
         "depthwise": "ops --op depthwise --pass train --budget 3",
@@ -43,10 +43,11 @@ TABLES = {
         "--peers mnops torch-nchw torch-channels_last",
         "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --batch 128 "
         "--dtype bfloat16 --launch graph --budget 1 --peers mnops",
-        "training": "net --pass train --batch 256 --dtype bfloat16 --budget 4",
-        "inference": "net --networks 1.0-224 --pass infer --batch 1 256 --dtype bfloat16 --budget 4",
-        "autotune": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --budget 4 "
-        "--peers mnops torch-compile-max",
+        "training": "net --networks 1.0-224 --pass train --batch 256 --dtype bfloat16 --launch graph --budget 3",
+        "inference": "net --networks 1.0-224 --pass infer --batch 1 256 --dtype bfloat16 --launch graph --budget 3",
+        "calls": "net --pass train infer --batch 256 --dtype bfloat16 --budget 4",
+        "autotune": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --launch graph --budget 4 "
+        "--peers mnops mnops-triton torch-compile-max",
         "startup": "startup --peers mnops torch-channels_last torch-compile",
     },
 }

@@ -125,6 +125,7 @@ def identity(options: Options) -> Row:
         "launch": options.launch,
         "machine": machine.name(options.device),
         "torch": torch.__version__,
+        **machine.gpu_software(options.device),
         "commit": machine.commit(),
         "date": datetime.date.today().isoformat(),
     }

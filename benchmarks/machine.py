@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -64,6 +65,23 @@ def name(device: str) -> str:
     return f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
+@functools.cache
+def gpu_software(device: str) -> dict[str, str]:
+    """What rows of a GPU name beside it: the versions of Triton and of the driver."""
+    if device != "cuda":
+        return {}
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        said = "unknown"
+    return {"triton": triton, "driver": said}
+
+
 def slug(name: str) -> str:
     """A machine's name as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -77,7 +95,8 @@ def commit() -> str:
         return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
 
     changed = git("diff", "HEAD", "--", *MEASURED)
-    return (git("log", "-1", "--format=%h", "--", *MEASURED) or "none") + (
+    # a copy without its history says with MNOPS_COMMIT what it is a copy of
+    return (git("log", "-1", "--format=%h", "--", *MEASURED) or os.environ.get("MNOPS_COMMIT", "none")) + (
         "+" + hashlib.sha1(changed.encode()).hexdigest()[:6] if changed else ""
     )
 

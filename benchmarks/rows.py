@@ -55,6 +55,8 @@ COLUMNS = (
     "kernel",  # what the profiler saw run, with its share of the time
     "cache_bytes",
     "torch",
+    "triton",
+    "driver",  # of the GPU
     "commit",
     "date",
 )

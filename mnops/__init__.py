@@ -6,6 +6,7 @@ _native.load()  # the schemas of torch.ops.mnops: everything below stands on the
 
 from mnops import nn, ops, reference  # noqa: E402
 from mnops.backends import backend  # noqa: E402
+from mnops.cuda_graph import graph  # noqa: E402
 from mnops.deploy import deploy  # noqa: E402
 from mnops.functional import depthwise_conv_bn_act, pointwise_conv_bn_act  # noqa: E402
 from mnops.fuse import fuse, fusion_report, unfuse  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "fallback_warnings",
     "fuse",
     "fusion_report",
+    "graph",
     "nn",
     "ops",
     "pointwise_conv_bn_act",

@@ -21,6 +21,7 @@ if backends.INTERPRETED:
 # No deadline: a first call on a busy machine may take long. derandomize: a failure is everybody's.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
+hypothesis.settings.register_profile("few", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

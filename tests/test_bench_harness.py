@@ -185,7 +185,7 @@ def test_a_second_run_measures_nothing_again(options):
 def test_rows_are_complete(options):
     [row] = harness.run([NetworkCase(TINY, "train", 4, torch.float32)], options("torch-nchw"))  # its own process
     left_out = {c for c in rows.COLUMNS if row.get(c) is None}
-    assert not left_out
+    assert left_out == {"triton", "driver"}  # those of a GPU
     assert row["saved_bytes"] > 0
     assert row["peak_bytes"] > row["saved_bytes"] / 2
     assert row["floor_ms"] == pytest.approx(1e3 * max(row["bytes"] / 10e9, row["flops"] / 100e9))

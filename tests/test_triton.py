@@ -53,6 +53,7 @@ CALLS = {  # op: arguments, kernels forward, kernels backward
     "norm_act": ((X, *PENDING), 1, 2),
     "norm_act_pool": ((X, *PENDING), 1, 2),
 }
+AHEAD = "^depthwise 64 112/2 .*conv2d|^pointwise 32->64 112 .*conv2d|^separable 32->64 .*conv2d|^stem .*wgrad"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -94,3 +95,33 @@ def test_export_keeps_the_op():
     program = torch.export.export(Module(), CALLS["pointwise_conv2d"][0][:2])
     for p in (program, program.run_decompositions()):
         assert "mnops_triton.pointwise_conv2d.default" in {str(n.target) for n in p.graph.nodes}
+
+
+def test_compiles_ahead_of_time_without_spills(tmp_path, monkeypatch):
+    """A few of the kernels; `python -m mnops.triton.aot` compiles them all."""
+    from mnops.triton import aot
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    rows = list(aot.binaries([torch.bfloat16], [90], AHEAD))
+    assert {row.kernel for row in rows} == {
+        "depthwise_conv2d_kernel",
+        "depthwise_conv2d_backward_kernel",
+        "pointwise_conv2d_kernel",
+        "separable_conv2d_kernel",
+        "stem_wgrad_kernel",
+    }
+    for row in rows:
+        assert row.spilled == 0, row
+        assert row.resident * row.warps >= 8, row  # two warps for each of a multiprocessor's schedulers
+
+
+def test_64_bit_offsets():
+    """Sizes beyond 2^31 elements reach the kernels as they are: nothing on the host overflows or allocates by data."""
+    from mnops.triton import norm_act
+    from mnops.triton.launch import recorded
+
+    x = torch.empty((4096, 64, 112, 112), device="meta", memory_format=torch.channels_last)
+    assert x.numel() > 2**31
+    with recorded() as launches:
+        z = norm_act(x, None, None, None, None, 1e-5, "relu")
+    assert z.shape == x.shape and launches[0].arguments["P"] == 4096 * 112 * 112

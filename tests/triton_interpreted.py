@@ -16,10 +16,13 @@ from test_ops import (
     conv_and_gradients,
     draw,
     draw_norm,
+    draw_separable,
     norm_and_gradients,
+    separable,
     spelled_out,
     stock_conv,
     stock_pool,
+    stock_separable,
 )
 
 import mnops
@@ -79,6 +82,26 @@ CHOSEN = (
 def test_against_reference(case, dtype):
     slow = case.op == "depthwise" and (case.kernel > 3 or case.shape[1] > 16)
     assert_near_reference(case, [draw(case, dtype, "cpu") for _ in range(1 if slow else 2)])
+
+
+@pytest.mark.parametrize(
+    ("case", "out", "dtype"),
+    [
+        *((SMALL[0], out, FP32) for out in (5, 48, 130, 260)),  # 4 and 8 warps, and the two ops apart
+        *((SMALL[2], 48, d) for d in (FP16, BF16)),
+        *((SMALL[i], 24, FP32) for i in (1, 4, 7, 10)),
+    ],
+    ids=str,
+)
+def test_separable(case, out, dtype):
+    def run(*inputs):
+        return separable(case, *inputs)
+
+    def stock(*inputs):
+        return stock_separable(case, *inputs)
+
+    draws = [draw_separable(case, out, dtype, "cpu") for _ in range(2)]
+    assert_as_exact(run, by_reference(run), stock, draws, f"{case} {dtype} {out}")
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)

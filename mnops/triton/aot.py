@@ -119,13 +119,10 @@ def layers(
                 f"depthwise {channels} {size}/{stride}", ops.depthwise_conv2d, ops.depthwise_conv2d_backward,
                 image(channels, size), weight(channels, 1, 3, 3), [stride] * 2, [1] * 4, square,
             )  # fmt: skip
-            x, vectors = image(channels, size), _vectors(max(channels, round(out * width)))
+            norm = *_vectors(channels), 1e-5, "relu"
             weights = weight(channels, 1, 3, 3), weight(round(out * width), channels, 1, 1)
             with recorded() as launches:
-                ops.separable_conv2d(
-                    x, weights[0], vectors[0][:channels], "relu", weights[1], vectors[1][: round(out * width)], "relu",
-                    [stride] * 2, [1] * 4, square,
-                )  # fmt: skip
+                ops.separable_conv2d(image(channels, size), *weights, *norm, *norm, [stride] * 2, [1] * 4, square)
             yield f"separable {channels}->{round(out * width)} {size}/{stride}", launches
         seen.add((channels, size, stride))
         size, out = (size + stride - 1) // stride, round(out * width)
