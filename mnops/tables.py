@@ -411,7 +411,7 @@ def table_13() -> Table:
 
 
 def table_14() -> Table:
-    lines = [_line("FaceNet", "1600", "7.5", None, "not counted: no public implementation to count")]
+    lines = [_line("FaceNet", "1600", "7.5", None, "the teacher, which is not in this package")]
     head = "the layer that makes the embedding, which the parameters include, is not described"
     for width, size, label, *printed in [
         (1.0, 160, 160, "286", "4.9"), (1.0, 128, 128, "185", "5.5"),

@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,15 @@ def test_detectors():
     assert differ == [(f"Faster-RCNN {size} MobileNet", "6.1") for size in (300, 600)]
     remarks = {line.label: line.remark for line in table.lines}
     assert all("6.1 is with biases and norms: 6,063,939" in remarks[label] for label, _ in differ)
+
+
+def test_the_page_is_what_the_command_writes(tmp_path):
+    torchvision_support.load()
+    tables.peer.cache_clear()
+    tables.detector.cache_clear()
+    page = Path(__file__).parent.parent / "docs" / "tables.md"
+    assert tables.main(["--format", "markdown", "--out", str(tmp_path / "tables.md")]) == 0
+    assert page.read_text() == (tmp_path / "tables.md").read_text()
 
 
 def test_without_torchvision_the_table_says_so(monkeypatch):
