@@ -30,7 +30,7 @@ test: build
 	$(BIN)/python -m pytest -q -rs tests $(ARGS)
 
 test-arm:
-	tools/arm/test.sh $(ARGS)
+	PIP_ARGS="$(PIP_ARGS)" tools/arm/test.sh $(ARGS)
 
 # The PyTorch that $(PYTHON) has, and nothing downloaded.
 build-gpu:

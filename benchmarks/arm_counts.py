@@ -4,8 +4,9 @@
     python benchmarks/arm_counts.py loops            # loads per FMA and llvm-mca cycles of the inner loops
 
 instructions: every MobileNet-1.0-224 depthwise layer and the whole network, on one thread of an emulated
-cortex-a76, each call made twice and the second one counted by tools/arm/count.c. The counts repeat; they say
-nothing about caches.
+cortex-a76, each call made twice and the second one counted by tools/arm/count.c. Every layer gets as many
+images as give it the outputs of the first layer of one, so that what a call costs beside the loops weighs
+the same in all; the network gets one image. The counts repeat; they say nothing about caches.
 loops: the hottest loop of each kernel, found in the disassembly of isa/neon.cpp; llvm-mca-19 gives its cycles
 and the limit that the busiest port sets.
 
@@ -39,13 +40,14 @@ LAYERS = (
     (512, 14, 2),
     (1024, 7, 1),
 )
+OUTPUTS = 32 * 112 * 112  # of a counted call of a layer
 CPUS = ("cortex-a76", "neoverse-n1", "neoverse-v1")
 
 
 # ---------------------------------------------------------------- inside the emulator
 
 
-def guest(batch: int, only: str) -> None:
+def guest(only: str) -> None:
     """Runs every case between two marks, after naming it on stderr, where the counts go too."""
     import ctypes
 
@@ -58,11 +60,11 @@ def guest(batch: int, only: str) -> None:
     torch.manual_seed(0)
     mark = ctypes.CDLL(str(BUILD / "libmark.so"))
 
-    def count(name: str, outputs: int, call: Callable[[], object]) -> None:
+    def count(name: str, batch: int, outputs: int, call: Callable[[], object]) -> None:
         if not re.search(only, name):
             return
         call()
-        print(f"case {name},{outputs}", file=sys.stderr, flush=True)
+        print(f"case {name},{batch},{outputs}", file=sys.stderr, flush=True)
         mark.mark_begin()
         call()
         mark.mark_end()
@@ -70,29 +72,29 @@ def guest(batch: int, only: str) -> None:
     def passes(case: str, contender: str, net: nn.Module, x: torch.Tensor, outputs: int) -> None:
         g = torch.randn_like(net(x))
         with torch.no_grad():
-            count(f"{case},infer,{contender}", outputs, lambda: net.eval()(x))
-            count(f"{case},forward,{contender}", outputs, lambda: net.train()(x))
+            count(f"{case},infer,{contender}", len(x), outputs, lambda: net.eval()(x))
+            count(f"{case},forward,{contender}", len(x), outputs, lambda: net.train()(x))
         x = x.clone().requires_grad_(True)
-        count(f"{case},forward+backward,{contender}", outputs, lambda: net.train()(x).backward(g))
+        count(f"{case},forward+backward,{contender}", len(x), outputs, lambda: net.train()(x).backward(g))
 
     formats = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
     for c, h, s in LAYERS:
         conv = nn.Conv2d(c, c, 3, s, 1, groups=c, bias=False)
-        case, outputs = f"depthwise {c}x{h}x{h} stride {s}", batch * c * (h // s) ** 2
+        case, batch = f"depthwise {c}x{h}x{h} stride {s}", OUTPUTS // (c * (h // s) ** 2)
         for layout, fmt in formats.items():
             x = torch.randn(batch, c, h, h).contiguous(memory_format=fmt)
             stock = nn.Sequential(conv, nn.BatchNorm2d(c), nn.ReLU()).to(memory_format=fmt)
             if re.search(only, f"{case},torch"):
-                passes(case, f"torch {layout}", stock, x, outputs)
+                passes(case, f"torch {layout}", stock, x, OUTPUTS)
             if fmt == torch.channels_last:
-                passes(case, f"mnops {layout}", mnops.nn.DepthwiseConvBNAct(c, 3, s), x, outputs)
+                passes(case, f"mnops {layout}", mnops.nn.DepthwiseConvBNAct(c, 3, s), x, OUTPUTS)
                 # As in a network: the norm of the input is pending, that of the output left to the next op.
                 vectors = [torch.rand(c) + 0.5 for _ in range(4)]
                 arguments = mnops.Pending(x, *vectors, 1e-5, "relu"), conv.weight, s, 1, 1
                 chained = functools.partial(mnops.ops.depthwise_conv2d, *arguments)
                 with torch.no_grad():
-                    count(f"{case},infer,mnops chained", outputs, functools.partial(chained, False))
-                    count(f"{case},forward,mnops chained", outputs, functools.partial(chained, True))
+                    count(f"{case},infer,mnops chained", batch, OUTPUTS, functools.partial(chained, False))
+                    count(f"{case},forward,mnops chained", batch, OUTPUTS, functools.partial(chained, True))
     net = mnops.MobileNet()
     for fused in (True, False):
         net.fused = fused
@@ -122,8 +124,6 @@ def instructions(arguments: argparse.Namespace) -> None:
         f"{cache}/python",
         __file__,
         "guest",
-        "--batch",
-        str(arguments.batch),
         "--only",
         arguments.only,
     ]
@@ -134,12 +134,12 @@ def instructions(arguments: argparse.Namespace) -> None:
             name = line[5:].strip()
         elif line.startswith("counted "):
             counted = {k: int(v) for k, v in (pair.split("=") for pair in line.split()[1:])}
-            case, phase, contender, outputs = name.split(",")
+            case, phase, contender, batch, outputs = name.split(",")
             total = sum(counted.values())
             rows.append(
                 {
                     "case": case,
-                    "batch": arguments.batch if "x" in case else 1,
+                    "batch": int(batch),
                     "pass": phase,
                     "contender": contender,
                     "outputs": int(outputs),
@@ -181,6 +181,7 @@ LOOPS = (
     ("depthwise forward 3x3 stride 2, measured", r"direct_convolve<.*F32x4, 3, 2, 2, true, float"),
     ("depthwise backward 3x3 stride 1", r"gradient_row<.*F32x4, float, 3, 1, 0, float"),
     ("depthwise backward 3x3 stride 2, even rows", r"gradient_row<.*F32x4, float, 3, 2, 0, float"),
+    ("separable depthwise 3x3 stride 1", r"convolve_to_panels<.*Act.1, .*F32x4, 3, 1, float"),
     ("pointwise product", r"multiply_block<.*F32x4"),
     ("pointwise weight gradient", r"weight_gradient<.*F32x4"),
 )
@@ -218,9 +219,10 @@ def loops(arguments: argparse.Namespace) -> None:
         if not candidates:
             print(f"{what}: no loop matches {pattern}", file=sys.stderr)
             continue
-        body = max(candidates, key=lambda b: sum(bool(is_fma.match(i)) for i in b))
+        straight = [b for b in candidates if sum(bool(re.match(r"b\.|b\s|t?cbn?z", i)) for i in b) == 1]
+        body = max(straight or candidates, key=lambda b: sum(bool(is_fma.match(i)) for i in b))
         fma = sum(bool(is_fma.match(i)) for i in body)
-        loads = sum((2 if i.startswith("ldp") else 1) for i in body if re.match(r"ldu?[rp]\s+q|ld1", i))
+        loads = sum((2 if i.startswith("ldp") else 1) for i in body if re.match(r"ldu?[rp]\s+[qds]|ld1", i))
         for cpu in CPUS:
             # a branch target means nothing to the simulator; the label stands for it
             source = "\n".join(re.sub(r"\s[0-9a-f]+ <.*", " 0", re.sub(r"\s*//.*", "", i)) for i in body)
@@ -252,14 +254,11 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["instructions", "loops", "guest"])
     parser.add_argument(
-        "--batch", type=int, default=1, help="images of a depthwise layer (the network has one)"
-    )
-    parser.add_argument(
         "--only", default="", help="a regular expression on 'case,pass,contender'; keeps the other rows"
     )
     arguments = parser.parse_args()
     if arguments.what == "guest":
-        guest(arguments.batch, arguments.only)
+        guest(arguments.only)
     else:
         {"instructions": instructions, "loops": loops}[arguments.what](arguments)
 

@@ -3,7 +3,40 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(MNOPS_HAS_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(MNOPS_HAS_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace mnops {
+
+#ifdef MNOPS_HAS_NEON
+namespace {
+
+bool has_bf16() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16, by number: older kernel headers do not name it
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &value, &size, nullptr, 0) == 0 && value;
+#else
+  return false;
+#endif
+}
+
+const InstructionSet& neon_bf16() {
+  static const InstructionSet all = [] {
+    InstructionSet isa = neon_kernels;
+    isa.name = "neon_bf16", isa.bf16 = neon_bf16_kernels;
+    return isa;
+  }();
+  return all;
+}
+
+}  // namespace
+#endif
 
 const std::vector<Capability>& capabilities() {
   static const std::vector<Capability> all = {
@@ -19,6 +52,7 @@ const std::vector<Capability>& capabilities() {
 #endif
 #ifdef MNOPS_HAS_NEON
       {&neon_kernels, "neon", true},  // part of AArch64
+      {&neon_bf16(), "neon_bf16", has_bf16()},
 #endif
   };
   return all;

@@ -161,6 +161,8 @@ void depthwise_direct(const Depthwise<T>& p, int64_t begin, int64_t end, Moments
   const bool square = p.dh == 1 && p.dw == 1 && p.sh == p.sw && p.kh == p.kw;
   const bool tuned = square && (p.sh == 1 ? p.kh == 3 || p.kh == 5 || p.kh == 7 : p.sh == 2 && (p.kh == 3 || p.kh == 5));
 
+  const bool plain = p.norm.identity && p.norm.act == Act::none && sizeof(S) == sizeof(T);  // nothing pending: a copy
+
   for (int64_t i = begin; i < end; i++) {
     const Item it = work_item(p, i, p.ho);
     s.z.forget();
@@ -171,12 +173,18 @@ void depthwise_direct(const Depthwise<T>& p, int64_t begin, int64_t end, Moments
     }
     auto fill = [&](T* line, int64_t r) {
       const S* x = xs + ((it.n * p.h + r) * p.w) * p.c + it.c0;
-      with_act(p.norm.act, [&](auto act) {
-        for (int64_t c = 0; c < it.channels; c += channel_quantum)
-          normalise<act.value, V>(x + c, p.c, p.w, least(channel_quantum, it.channels - c), p.norm.mean + it.c0 + c,
-                                  p.norm.scale + it.c0 + c, p.norm.shift + it.c0 + c,
-                                  line + c / channel_quantum * s.group + p.pad_left * channel_quantum, channel_quantum);
-      });
+      line += p.pad_left * channel_quantum;
+      for (int64_t c = 0; c < it.channels; c += channel_quantum, line += s.group) {
+        const int64_t channels = least(channel_quantum, it.channels - c), at = it.c0 + c;
+        if (plain && channels == channel_quantum)
+          for (int64_t j = 0; j < p.w; j++)
+            __builtin_memcpy(line + j * channel_quantum, x + j * p.c + c, channel_quantum * sizeof(T));
+        else
+          with_act(p.norm.act, [&](auto act) {
+            normalise<act.value, V>(x + c, p.c, p.w, channels, p.norm.mean + at, p.norm.scale + at, p.norm.shift + at, line,
+                                    channel_quantum);
+          });
+      }
     };
     int64_t oy = it.row0;
     while (oy < it.row1) {

@@ -6,20 +6,54 @@
 namespace mnops {
 namespace {
 
+template <int n> struct Count { static constexpr int value = n; };
+
+// R rows at a time, so that the norm of a vector of channels is loaded once for all of them.
+template <Act act, bool added, int R, class V, class S, class T>
+MNOPS_INLINE void norm_act_rows(const Rows<T>& p, const S* x, const S* residual, S* z) {
+  constexpr int U = 2;  // neighbouring vectors: their loads and stores may be paired
+  for (int64_t c = 0; c < p.c; c += U * V::N)
+    with_lanes(p.c - c >= U * V::N, [&](auto how) {
+      V mean[U], scale[U], shift[U];
+#pragma GCC unroll 2
+      for (int u = 0; u < U; u++) {
+        const int64_t at = c + u * V::N;
+        mean[u] = V::load(p.norm.mean + at), scale[u] = V::load(p.norm.scale + at), shift[u] = V::load(p.norm.shift + at);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        V v[U], beside[U];
+#pragma GCC unroll 2
+        for (int u = 0; u < U; u++) {
+          const int64_t at = r * p.c + c + u * V::N, left = p.c - c - u * V::N;
+          v[u] = load_lanes<how.value, V>(x + at, left);
+          if constexpr (added) beside[u] = load_lanes<how.value, V>(residual + at, left);
+        }
+#pragma GCC unroll 2
+        for (int u = 0; u < U; u++) {
+          V out = activate<act>(fma(v[u] - mean[u], scale[u], shift[u]));
+          if constexpr (added) out = out + beside[u];
+          store_lanes<how.value>(out, z + r * p.c + c + u * V::N, p.c - c - u * V::N);
+        }
+      }
+    });
+}
+
 template <class S, class T = typename Arithmetic<S>::type>
 void norm_act_forward(const Rows<T>& p, int64_t begin, int64_t end) {
   using V = typename Vec<T>::type;
   const S *x = static_cast<const S*>(p.x), *residual = static_cast<const S*>(p.residual);
   S* z = static_cast<S*>(p.out);
   with_act(p.norm.act, [&](auto act) {
-    for (int64_t r = begin; r < end; r++)
-      for (int64_t c = 0; c < p.c; c += V::N) {
-        const V pre = fma(load_some<V>(x + r * p.c + c, p.c - c) - V::load(p.norm.mean + c), V::load(p.norm.scale + c),
-                          V::load(p.norm.shift + c));
-        V out = activate<act.value>(pre);
-        if (residual) out = out + load_some<V>(residual + r * p.c + c, p.c - c);
-        store_some(out, z + r * p.c + c, p.c - c);
-      }
+    with_flag(residual != nullptr, [&](auto added) {
+      auto rows = [&](auto count, int64_t r) {
+        const S* beside = added.value ? residual + r * p.c : nullptr;
+        norm_act_rows<act.value, added.value, count.value, V>(p, x + r * p.c, beside, z + r * p.c);
+      };
+      int64_t r = begin;
+      for (; r + 4 <= end; r += 4) rows(Count<4>{}, r);
+      for (; r < end; r++) rows(Count<1>{}, r);
+    });
   });
 }
 

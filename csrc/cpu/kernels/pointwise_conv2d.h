@@ -30,6 +30,24 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) acc[r][v] = V::zero();
+  // Where an FMA can take one element of a vector, a load of A serves several steps of k (of a whole panel), or several
+  // rows: 0.25 loads an FMA for 8 x 2 vectors, instead of 0.63.
+  if constexpr (Tile::by_element && KS == 1)
+    for (; k >= NR; k -= NR, a += panel_stride)
+#pragma GCC unroll 4
+      for (int kk = 0; kk < NR; kk += V::N) {
+        V av[MR];
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) av[r] = V::load(a + r * RS + kk);
+#pragma GCC unroll 4
+        for (int i = 0; i < V::N; i++, b += NR)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; v++) {
+            const V bv = V::load(b + v * V::N);
+#pragma GCC unroll 16
+            for (int r = 0; r < MR; r++) acc[r][v] = fma_element(av[r], i, bv, acc[r][v]);
+          }
+      }
   for (; k > 0; k -= panel_k, a += panel_stride) {
     const int64_t steps = least(k, panel_k);
     const typename V::T* ak = a;
@@ -38,11 +56,18 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
       V bv[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) bv[v] = V::load(b + v * V::N);
+      if constexpr (Tile::by_element && RS == 1 && MR % V::N == 0) {
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; r++) {
-        const V av = V::set1(ak[r * RS]);
+        for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) acc[r][v] = fma(av, bv[v], acc[r][v]);
+          for (int v = 0; v < NV; v++) acc[r][v] = fma_element(V::load(ak + r / V::N * V::N), r % V::N, bv[v], acc[r][v]);
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) {
+          const V av = V::set1(ak[r * RS]);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; v++) acc[r][v] = fma(av, bv[v], acc[r][v]);
+        }
       }
     }
   }

@@ -54,6 +54,7 @@ extern const InstructionSet avx2_kernels;
 #endif
 #ifdef MNOPS_HAS_NEON
 extern const InstructionSet neon_kernels;
+extern const Kernels<float> neon_bf16_kernels;  // in place of its bf16
 #endif
 
 }  // namespace mnops

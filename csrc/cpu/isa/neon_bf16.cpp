@@ -1,0 +1,7 @@
+// NEON where the CPU has FEAT_BF16: bf16 is stored by bfcvtn, one instruction for nine. The other dtypes are neon's.
+#include "cpu/vec/neon.h"
+#include "cpu/kernels/instantiate.h"
+
+namespace mnops {
+const Kernels<float> neon_bf16_kernels = kernels<bf16>();
+}
