@@ -6,6 +6,7 @@ noted and left to the next fused convolution. Parameters, buffers, children and 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,11 +30,12 @@ class Conv2d(nn.Conv2d):
         if torch.compiler.is_compiling() or backends.recording(x):  # compilers fuse what follows themselves
             return super().forward(x)
         weight, bias = self.weight, self.bias  # once: a parametrised one is computed at every look
-        why = _why_stock(self, x, weight)
+        op = served_by(self)
+        why = _why_stock(self, op, x, weight)
         if why is not None:
             lazy.fell_back(self.__dict__.get("mnops_name", ""), why)
             return self._conv_forward(x, weight, bias)
-        return _convolve(self, x, weight, bias)
+        return _convolve(self, op, x, weight, bias)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -52,7 +54,7 @@ FUSED = {nn.Conv2d: Conv2d, nn.SyncBatchNorm: SyncBatchNorm}
 STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
-def _why_stock(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> str | None:
+def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> str | None:
     """Why this call is stock's, or None: what the ops do not take, and what is to raise stock's errors."""
     if type(x) is LazyTensor and x.pending is not None:
         x = x.pending.x  # of the same shape, dtype and device, and quicker to ask
@@ -73,7 +75,6 @@ def _why_stock(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> str | None:
         return f"its input is {dtype}, its weight {weight.dtype}"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a transform of torch.func is active"
-    op = served_by(conv)
     if op is None:
         return "no op serves its geometry any more"
     if not backends.chosen_native(f"{op}_conv2d", device):
@@ -81,7 +82,7 @@ def _why_stock(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> LazyTensor:
+def _convolve(conv: nn.Conv2d, op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> LazyTensor:
     name = conv.__dict__.get("mnops_name", "")
     if type(x) is LazyTensor:
         nchw = x.nchw
@@ -95,7 +96,7 @@ def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -
         nchw = False  # as stock: either side in channels_last makes the output so
     if isinstance(x, Tensor):
         x = x.contiguous(memory_format=channels_last)
-    op, measure = served_by(conv), conv.training
+    measure = conv.training
     if op == "depthwise":
         out = ops.depthwise_conv2d(x, weight, conv.stride, conv.padding, conv.dilation, measure)
     elif op == "pointwise":
@@ -117,19 +118,19 @@ class Layer:
     norm: str = ""
     op: str = ""
     why_not: str = ""
+    gains: bool = False
     events: list[str] = dataclasses.field(default_factory=list)
 
 
-def _layers(model: nn.Module) -> Iterator[Layer]:
-    """Every convolution once, with the BatchNorm that its siblings' order or names say follows it."""
-    seen: set[nn.Module] = set()
+def _layers(model: nn.Module) -> list[Layer]:
+    """Every convolution once, in order, and the BatchNorm after it by its siblings' order or names."""
+    found: dict[nn.Module, Layer] = {}
     for path, parent in _visited(model):
         children = [c for c in parent.named_children() if not isinstance(c[1], nn.Identity)]
         for i, (name, child) in enumerate(children):
-            if not isinstance(child, nn.Conv2d) or child in seen:
+            if not isinstance(child, nn.Conv2d) or child in found:
                 continue
-            seen.add(child)
-            layer = Layer(f"{path}.{name}" if path else name, child)
+            layer = found[child] = Layer(f"{path}.{name}" if path else name, child)
             following = children[i + 1] if i + 1 < len(children) else ("", None)
             if not _is_norm_of(following[1], child) and not isinstance(parent, nn.Sequential):
                 following = _by_name(name, parent) or following
@@ -141,9 +142,27 @@ def _layers(model: nn.Module) -> Iterator[Layer]:
             elif not _is_norm_of(following[1], child):
                 what = type(following[1]).__name__ if following[1] is not None else "nothing"
                 layer.why_not = f"no BatchNorm follows, but {what}"
-            else:
+            if _is_norm_of(following[1], child):
                 layer.norm = following[0]
-            yield layer
+    layers = [found[m] for m in model.modules() if m in found]
+    _judge(layers)
+    return layers
+
+
+def _judge(layers: list[Layer]) -> None:
+    """Which layers are worth fusing: a depthwise one; a 1x1 one beside such a one, so that they are chained;
+    one beside such a 1x1. A first layer, beside either. Others gain little and may lose: a 1x1 between dense
+    ones is bound by arithmetic, and the tensors around it are real."""
+    line = [layer for layer in layers if layer.norm or layer.op == "depthwise"]  # not squeeze-excite's
+    pairs = [p for pair in itertools.pairwise(line) for p in (pair, pair[::-1])]
+    good = {layer.name for layer in line if layer.op == "depthwise"}
+    while True:
+        more = {b.name for a, b in pairs if a.name in good and a.op != "stem" and not b.why_not} - good
+        if not more:
+            break
+        good |= more
+    for layer in layers:
+        layer.gains = layer.name in good
 
 
 def _visited(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -177,15 +196,18 @@ def _by_name(name: str, parent: nn.Module) -> tuple[str, nn.Module] | None:
 def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
     """Runs the convolutions of a model, with the BatchNorms and activations after them, by mnops; in place.
 
-    Every depthwise and 1x1 convolution, and a first layer of at most 16 channels, that a BatchNorm follows is
-    fused: its class changes, nothing else. Calling fuse again takes in what was added since. Fused layers are
-    chained wherever one's output goes to the next through nothing but BatchNorm, relu, relu6, hardswish or
-    silu. `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of layers that fall back
-    at run time. channels_last is the fast layout: contiguous inputs are converted for a chain, and back.
+    Every depthwise convolution that a BatchNorm follows is fused, and the 1x1 convolutions and first layer (at
+    most 16 channels in) beside such ones; others, as in a ResNet, would gain nothing. The class of a fused
+    convolution changes, nothing else. Calling fuse again takes in what was added since.
+
+    Fused layers are chained wherever one's output goes to the next through nothing but BatchNorm, relu,
+    relu6, hardswish or silu. `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of
+    layers that fall back at run time. channels_last is the fast layout: contiguous inputs are converted for a
+    chain, and its results back.
 
     Args:
         model: any module; itself, not a copy, is changed.
-        filter_fn: filter_fn(conv, name) False leaves that convolution alone.
+        filter_fn: filter_fn(conv, name) chooses, of all that can be fused, in place of the rule above.
 
     Returns:
         model.
@@ -198,7 +220,7 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
         raise TypeError(f"fuse: {rule}, got {type(model).__name__}")
     found = False
     for layer in _layers(model):
-        if layer.why_not or (filter_fn is not None and not filter_fn(layer.conv, layer.name)):
+        if layer.why_not or not (filter_fn(layer.conv, layer.name) if filter_fn else layer.gains):
             continue
         found = True
         layer.conv.__class__ = Conv2d
@@ -248,7 +270,7 @@ class FusionReport(list[Layer]):
             if layer.why_not:
                 said = f"left alone: {layer.why_not}"
             elif type(layer.conv) is not Conv2d:
-                said = "not fused"
+                said = "not fused" if layer.gains else "left alone: no depthwise convolution is beside it"
             else:
                 said = f"fused: {layer.op} + {layer.norm}"
                 if layer.events:

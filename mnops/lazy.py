@@ -136,8 +136,8 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.copy_.default and type(args[0]) is LazyTensor:  # from _become
-            return args[0]
+        if func is torch.ops.aten.copy_.default and type(args[0]) is LazyTensor:
+            return args[0]  # of _describe and _become, for autograd
         written = (a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         if any(w and type(a) is LazyTensor for w, a in zip(written, args)):
             raise RuntimeError(
@@ -154,15 +154,12 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mean, var, gamma, beta, eps, act, out):
         ctx.rest = (eps, act)
-        ctx.identity = mean is None and act == "none"
         ctx.save_for_backward(x, mean, var, gamma, beta)
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
     def backward(ctx, g):
-        if ctx.identity:
-            return g, *(None,) * 7
         namespace = backends.choose("norm_act_backward", g.device.type)
         op = getattr(torch.ops, namespace).norm_act_backward.default
         return *r.norm_backward(op, ctx, g), None
@@ -187,7 +184,7 @@ def lazy(pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> L
 
 
 def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
-    """Makes `pending` what out is, for autograd too: in place, over a value that nothing depends on any more."""
+    """Makes `pending` what out is, for autograd too: in place, over a value that nothing depends on."""
     grad = any(isinstance(a, Tensor) and a.requires_grad for a in pending)
     if grad and not torch.is_grad_enabled():  # what is made without autograd is a constant ever after
         grad = False
@@ -198,7 +195,10 @@ def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             if out.requires_grad:
                 out.detach_()
-            _Defer.apply(*pending, out)
+            if pending.mean is None and pending.act == "none":
+                out.copy_(pending.x)
+            else:
+                _Defer.apply(*pending, out)
 
 
 def lazy_output(
@@ -328,7 +328,12 @@ def _activate(x: Tensor, act: str, inplace: bool) -> Any:
     pending = x.pending._replace(act=act)
     if not inplace:
         return lazy(pending, x.nchw, x.source)
-    _describe(x, pending, None)
+    with torch._C.DisableTorchFunctionSubclass():
+        node = x.grad_fn
+    if pending.mean is not None and node is not None:  # nothing has used x, so its node may become another
+        x.pending, x.raw, node.rest = pending, None, (pending.eps, act)
+    else:
+        _describe(x, pending, None)
     return x
 
 

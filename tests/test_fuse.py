@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from fused_models import NETWORKS, SURPRISES, conv_norm_act
+from fused_models import NETWORKS, SURPRISES, InvertedResidual, conv_norm_act, network
 from torch import nn
 
 import mnops
@@ -29,10 +29,14 @@ def made(make):
     return model
 
 
+def everything(conv, name):
+    return True
+
+
 def pair(make):
-    """A model, and a fused copy of it."""
+    """A model, and a copy of it with everything fused that can be."""
     model = made(make)
-    return model, mnops.fuse(copy.deepcopy(model))
+    return model, mnops.fuse(copy.deepcopy(model), everything)
 
 
 def run(model, x=X):
@@ -169,13 +173,44 @@ def test_copies(make):
 
 def test_filter_and_report():
     model = made(NETWORKS["v3"])
-    mnops.fuse(model, filter_fn=lambda conv, name: not name.startswith("1."))
+    mnops.fuse(model, filter_fn=lambda conv, name: not name.startswith("1."))  # of all that can be
     assert not fused_convs(model[1])
     assert fused_convs(model[2])
     text = str(mnops.fusion_report(model))
     assert "1.conv.0.0       not fused" in text
     assert "2.conv.0.0       fused: pointwise + 1" in text
     assert text.endswith("7 of 12 convolutions fused")
+
+
+class Bottleneck(nn.Sequential):
+    """1x1, dense 3x3, 1x1, as in a ResNet."""
+
+    def __init__(self, channels):
+        super().__init__(
+            conv_norm_act(channels, 20, act=nn.ReLU),
+            conv_norm_act(20, 20, 3, act=nn.ReLU),
+            conv_norm_act(20, channels, act=None),
+        )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "names"),
+    [
+        ([Bottleneck(8), Bottleneck(8)], []),
+        ([conv_norm_act(8, 8), conv_norm_act(8, 8)], []),
+        ([conv_norm_act(8, 8, 3, 1, 8)], ["0.0", "1.0"]),
+        ([conv_norm_act(8, 8), Bottleneck(8), conv_norm_act(8, 8, 3, 1, 8)], ["2.2.0", "3.0"]),
+        ([conv_norm_act(8, 8, 3, 1, 8), *(conv_norm_act(8, 8) for _ in "ab")], ["0.0", "1.0", "2.0", "3.0"]),
+        ([InvertedResidual(8, 8, squeeze=True)], ["0.0", "1.conv.0.0", "1.conv.1.0", "1.conv.3"]),
+    ],
+    ids=["dense", "1x1", "depthwise", "both", "1x1 behind 1x1", "squeeze-excite"],
+)
+def test_what_gains_is_fused(blocks, names):
+    report = mnops.fusion_report(mnops.fuse(network(*blocks)))
+    assert [layer.name for layer in report if type(layer.conv) is Conv2d] == names
+    if not names:
+        assert "left alone: no depthwise convolution is beside it" in str(report)
+        assert str(report).endswith(f"0 of {len(report)} convolutions fused")
 
 
 def test_report_leaves_the_model_alone():
@@ -199,7 +234,7 @@ def test_fallback_warning():
 
 
 def test_nothing_pending_leaves_the_model():
-    model = mnops.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    model = mnops.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), everything)
     assert type(model(X.float())) is torch.Tensor
     assert type(model[0](X.float())) is LazyTensor
     assert type(model.eval()(X.float())) is torch.Tensor
@@ -216,7 +251,7 @@ def test_what_is_fused_already():
     net = mnops.MobileNet(num_classes=3, width_mult=0.25)
     assert not mnops.fusion_report(mnops.fuse(net))
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), mnops.nn.DepthwiseSeparable(8, 4)).double()
-    fused = mnops.fuse(copy.deepcopy(model))
+    fused = mnops.fuse(copy.deepcopy(model), everything)
     assert [layer.name for layer in mnops.fusion_report(fused)] == ["0"]
     assert_same(model, fused)
 
@@ -420,7 +455,7 @@ def test_hook_that_keeps_the_output():
 
 def test_synchronised_norms_alone():
     stock, fused = pair(NETWORKS["v2"])
-    before = mnops.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(stock)))
+    before = mnops.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(stock)), everything)
     after = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
     expected = run(stock)
     for model in (before, after):
