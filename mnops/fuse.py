@@ -196,8 +196,8 @@ def _by_name(name: str, parent: nn.Module) -> tuple[str, nn.Module] | None:
 def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
     """Runs the convolutions of a model, with the BatchNorms and activations after them, by mnops; in place.
 
-    Every depthwise convolution that a BatchNorm follows is fused, and the 1x1 convolutions and first layer (at
-    most 16 channels in) beside such ones; others, as in a ResNet, would gain nothing. The class of a fused
+    Every depthwise convolution that a BatchNorm follows is fused, and the 1x1 convolutions and first layer
+    (at most 16 channels in) beside such ones; others, as in a ResNet, would gain nothing. The class of a fused
     convolution changes, nothing else. Calling fuse again takes in what was added since.
 
     Fused layers are chained wherever one's output goes to the next through nothing but BatchNorm, relu,
