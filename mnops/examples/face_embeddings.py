@@ -1,0 +1,251 @@
+"""Face embeddings (arXiv:1704.04861, section 4.6): a small network learns a large one's embeddings.
+
+    python -m mnops.examples.face_embeddings --data FACES --pairs pairs.txt --pairs-images LFW
+
+FACES is a folder of PERSON/* to train on. pairs.txt is that of Labeled Faces in the Wild
+(vis-www.cs.umass.edu/lfw), its images LFW/PERSON/PERSON_0001.jpg. The teacher, a wider MobileNet, learns from
+triplets as FaceNet does, unless one is given; the student learns the teacher's embeddings by squared
+differences, without labels. The result is the verification rate: the share of pairs of one person that are
+accepted, at the distance at which a given share of pairs of two people is.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from mnops.train import TrainError
+from mnops.train.cli import number
+from mnops.train.data import EXTENSIONS, Images, class_folders
+from mnops.train.distill import Distillation, embedding_loss, triplet_loss
+
+from .common import Command, Page, fit, network, predict, saved, text_lines, transforms, write_csv
+
+
+class Pairs(NamedTuple):
+    """Pairs of images: `first` and `second` index `images`; `same` says whether they show one person."""
+
+    images: list[Path]
+    first: np.ndarray
+    second: np.ndarray
+    same: np.ndarray
+
+
+def lfw_pairs(path: Path, folder: Path) -> Pairs:
+    """pairs.txt of LFW: line 1 has the folds and the pairs of each kind in one, then a pair a line: NAME I J
+    for one person, NAME I OTHER J for two; image I of NAME is NAME/NAME_000I.* in the folder."""
+    lines = text_lines(path)
+    head = lines[0].split() if lines else []
+    if len(head) not in (1, 2) or not all(word.isdigit() for word in head):
+        raise TrainError(
+            f"{path}: line 1 must be the numbers of folds and of pairs, got {''.join(lines[:1])!r}"
+        )
+    numbers: dict[Path, int] = {}
+    pairs = []
+    for at, line in enumerate(lines[1:], 2):
+        match line.split():
+            case []:
+                continue
+            case [name, i, j] if i.isdigit() and j.isdigit():
+                ends = (name, i), (name, j)
+            case [name, i, other, j] if i.isdigit() and j.isdigit():
+                ends = (name, i), (other, j)
+            case _:
+                raise TrainError(f"{path}: line {at} must be NAME I J or NAME I OTHER J, got {line!r}")
+        found = [_image(folder, name, int(i), f"{path}: line {at}") for name, i in ends]
+        pairs.append((*(numbers.setdefault(image, len(numbers)) for image in found), len(line.split()) == 3))
+    wanted = 2 * int(np.prod([int(word) for word in head]))
+    if len(pairs) != wanted:
+        raise TrainError(f"{path}: must have {wanted} pairs, as line 1 says, got {len(pairs)}")
+    first, second, same = (np.array(column) for column in zip(*pairs))
+    if same.all() or not same.any():
+        got = f"{same.sum()} of {len(same)} of one"
+        raise TrainError(f"{path}: must have pairs of one person and of two, got {got}")
+    return Pairs(list(numbers), first, second, same)
+
+
+def _image(folder: Path, name: str, i: int, told_by: str) -> Path:
+    stem = folder / name / f"{name}_{i:04d}"
+    for ending in (".jpg", *sorted(EXTENSIONS)):
+        if (path := stem.with_suffix(ending)).is_file():
+            return path
+    raise TrainError(f"{told_by}: there is no image {stem}.jpg")
+
+
+class PeopleBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of `each` images of every one of batch / each people, so that there are triplets in it. An
+    epoch is as many as the images fill; who has fewer images than `each` comes with some of them twice."""
+
+    def __init__(self, labels: np.ndarray, batch: int, each: int, epochs: int, seed: int) -> None:
+        self.own = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self.people, self.each, self.seed = min(batch // each, len(self.own)), each, seed
+        if self.people < 2 or each < 2:
+            got = f"{batch} for {each} of each and {len(self.own)} people"
+            raise TrainError(f"--batch-size: must hold two images of two people at least, got {got}")
+        self.steps = epochs * max(1, len(labels) // (self.people * each))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.steps):
+            rng = np.random.default_rng([self.seed, step])
+            people = rng.choice(len(self.own), self.people, replace=False)
+            yield [(step, int(i)) for p in people for i in self._some(rng, self.own[p])]
+
+    def _some(self, rng: np.random.Generator, own: np.ndarray) -> np.ndarray:
+        return rng.choice(own, self.each, replace=len(own) < self.each)
+
+
+class Verification(NamedTuple):
+    rate: float  # share of pairs of one person that are accepted
+    threshold: float  # distance up to which a pair is accepted
+    false_accepts: float  # the share that the threshold really gives: the greatest not above the wanted one
+
+
+def verification(distances: np.ndarray, same: np.ndarray, far: float) -> Verification:
+    """VAL at FAR (arXiv:1503.03832, section 4): the greatest threshold that accepts at most a share `far` of
+    the pairs of two people."""
+    others = np.sort(distances[~same])
+    allowed = int(np.floor(far * len(others) + 1e-9))
+    # Below the first distance that must not be accepted; none: everything is.
+    threshold = np.inf if allowed >= len(others) else np.nextafter(others[allowed], -np.inf)
+    accepted = distances <= threshold
+    return Verification(float(accepted[same].mean()), float(threshold), float(accepted[~same].mean()))
+
+
+class Embedder(nn.Module):
+    """A MobileNet whose last layer gives an embedding of length 1. Shape: (N, 3, H, W) -> (N, D)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.net(x))
+
+
+command = Command(
+    "face_embeddings",
+    __doc__.partition("\n")[0],
+    pairs=None,
+    pairs_images=None,
+    far=1e-3,
+    dim=128,
+    teacher=None,
+    teacher_width=1.0,
+    teacher_epochs=20,
+    epochs=20,
+    width=0.5,
+    size=160,
+    lr=0.02,
+    batch_size=120,
+    each=6,
+    margin=0.2,
+    weight_decay=0.0,
+    crop_scale=[0.7, 1.0],
+    crop=1.0,
+)
+command.option("--pairs", "pairs.txt of LFW [DATA/pairs.txt]", metavar="FILE")
+command.option("--pairs-images", "its folder of PERSON/* [--data]", metavar="DIR")
+command.option("--far", "share of false accepts to report at", type=number(float, 0, 1))
+command.option("--dim", "length of the embedding", type=number(int, 1))
+command.option("--teacher", "teacher.pt of an earlier run", metavar="CHECKPOINT")
+command.option("--teacher-width", "width multiplier of a new teacher", type=number(float, 0, above=True))
+command.option("--teacher-epochs", "times over the images for a new teacher", type=number(int, 1))
+command.option("--each", "images of a person in a batch of triplets", type=number(int, 2))
+command.option("--margin", "of the triplet loss", type=number(float, 0))
+
+
+@command
+def main(s: Namespace, device: torch.device) -> None:
+    out, train_view, test_view = Path(s.out), *transforms(s)
+    pairs = lfw_pairs(Path(s.pairs or Path(s.data) / "pairs.txt"), Path(s.pairs_images or s.data))
+    test = Images(pairs.images, [0] * len(pairs.images), test_view)
+
+    def build(own: Namespace) -> nn.Module:
+        return Embedder(network(own, s.dim, device))
+
+    models = {}
+    if s.evaluate:
+        models["student"] = saved(s, s.evaluate, build, dim=s.dim)
+    else:
+        images, labels, _ = class_folders(Path(s.data))
+        people = Images(images, labels, train_view, s.seed)
+        if s.teacher:
+            teacher = saved(s, s.teacher, build, dim=s.dim)
+        else:
+            own = Namespace(**{**vars(s), "width": s.teacher_width, "epochs": s.teacher_epochs})
+            teacher = build(own)
+            keys = PeopleBatches(people.labels, s.batch_size, s.each, s.teacher_epochs, s.seed)
+            fit(
+                teacher,
+                lambda x, labels: triplet_loss(teacher(x), labels, s.margin),
+                people,
+                own,
+                device,
+                "teacher",
+                keys=keys,
+                dim=s.dim,
+            )
+        student = build(
+            Namespace(**{**vars(s), "weights": None if s.width != s.teacher_width else s.weights})
+        )
+        teach = Distillation(teacher, embedding_loss)
+        fit(student, lambda x, _: teach(student, x), people, s, device, dim=s.dim)
+        models = {"teacher": teacher, "student": student}
+    distances = {}
+    for name, model in models.items():
+        found = predict(model, test, s, device, name).double().numpy()
+        distances[name] = np.square(found[pairs.first] - found[pairs.second]).sum(1)
+    report(distances, pairs, s.far, out)
+
+
+def report(distances: dict[str, np.ndarray], pairs: Pairs, far: float, out: Path) -> None:
+    results = {name: verification(found, pairs.same, far) for name, found in distances.items()}
+    ends = [(pairs.images[i], pairs.images[j]) for i, j in zip(pairs.first, pairs.second)]
+    write_csv(
+        out / "pairs.csv",
+        ["first", "second", "same person", *distances],
+        ((*end, int(same), *row) for end, same, *row in zip(ends, pairs.same, *distances.values())),
+    )
+    others = int((~pairs.same).sum())
+    page = Page("Face embeddings")
+    page.text(
+        f"Share of {pairs.same.sum()} pairs of one person that are accepted at {far:g} false accepts in "
+        f"{others} pairs of two people, of which one is {1 / others:.2g}."
+    )
+    page.table(
+        ["network", "verification rate", "squared distance", "false accepts"],
+        [(name, *result) for name, result in results.items()],
+    )
+    page.text("Verification rate (upwards) against false accepts, both 0 to 1; the last network is black:")
+    page.drawing(300, 300, _curves(distances, pairs.same))
+    found, threshold = distances["student"], results["student"].threshold
+    wrong = (found <= threshold) != pairs.same
+    page.text(f"The student's mistakes, {wrong.sum()} of {len(wrong)} pairs; up to six:")
+    for k in np.flatnonzero(wrong)[:6]:
+        for image in ends[k]:
+            page.picture(image, f"{image.parent.name}: squared distance {found[k]:.3f}", 128)
+    page.write(out / "index.html")
+    said = ", ".join(f"{name} {100 * result.rate:.2f} %" for name, result in results.items())
+    print(f"verification rate at {far:g} false accepts: {said}; {out / 'index.html'}", flush=True)
+
+
+def _curves(distances: dict[str, np.ndarray], same: np.ndarray) -> Iterator[str]:
+    yield '<rect width="300" height="300" fill="#f4f4f4"/>'
+    for found, colour in zip(distances.values(), ["black"] if len(distances) == 1 else ["#0a7", "black"]):
+        steps = np.quantile(found, np.linspace(0, 1, 200))
+        points = [(300 * (found[~same] <= d).mean(), 300 - 300 * (found[same] <= d).mean()) for d in steps]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(0, 300), *points])
+        yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

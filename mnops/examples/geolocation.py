@@ -1,0 +1,233 @@
+"""Geolocation (arXiv:1704.04861, section 4.3): where a photo was taken, as PlaNet (arXiv:1602.05314).
+
+    python -m mnops.examples.geolocation --data DIR [--most 10000 --least 50]
+
+DIR has train.csv, test.csv and the photos. A csv names its columns in line 1, as lists of YFCC100M, MP-16 and
+im2gps do: the photo (image, img_id, photo_id, file, filename or path, relative to DIR or DIR/images), its
+latitude (lat, latitude) and longitude (lon, lng, long, longitude) in degrees; other columns are ignored.
+
+The earth is cut into S2 cells, finer where photos are dense; the network says which cell. It is scored by the
+share of photos that are placed within 1, 25, 200, 750 and 2500 km.
+"""
+
+import csv
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mnops.train import TrainError
+from mnops.train.cli import number
+from mnops.train.data import Images
+
+from .common import Command, Page, existing, fit, network, predict, saved, text_lines, transforms, write_csv
+
+EARTH = 6371.0088  # km, the mean radius
+WITHIN = {"street": 1, "city": 25, "region": 200, "country": 750, "continent": 2500}  # km, im2gps' words
+COLUMNS = {
+    "the photo": ("image", "img_id", "image_id", "photo_id", "id", "file", "filename", "path"),
+    "the latitude": ("lat", "latitude"),
+    "the longitude": ("lon", "lng", "long", "longitude"),
+}
+LEAVES = 30  # the finest level of S2
+
+
+def photos(path: Path) -> tuple[list[Path], np.ndarray]:
+    """The photos of a csv and their places (N, 2): latitude and longitude in degrees."""
+    rows = csv.DictReader(text_lines(path))
+    known = {name.strip().lower(): name for name in rows.fieldnames or []}
+    columns = []
+    for what, names in COLUMNS.items():
+        column = next((known[name] for name in names if name in known), None)
+        if column is None:
+            raise TrainError(
+                f"{path}: must have a column for {what}, {' or '.join(names)}, got {', '.join(known)}"
+            )
+        columns.append(column)
+    root, images, places = path.parent, [], []
+    for row in rows:
+        told_by = f"{path}: line {rows.line_num}"
+        name, *degrees = (row[column] or "" for column in columns)
+        for what, text, limit in zip(("latitude", "longitude"), degrees, (90, 180)):
+            try:
+                fits = -limit <= float(text) <= limit
+            except ValueError:
+                fits = False
+            if not fits:
+                raise TrainError(
+                    f"{told_by}: a {what} must be a number of degrees in [-{limit}, {limit}], got {text!r}"
+                )
+        beside = root / name
+        images.append(beside if beside.is_file() else existing(root / "images" / name, told_by))
+        places.append([float(text) for text in degrees])
+    if not images:
+        raise TrainError(f"{path}: must have a photo, got none")
+    return images, np.array(places)
+
+
+def on_sphere(places: np.ndarray) -> np.ndarray:
+    """Degrees (N, 2) of latitude and longitude to points (N, 3) of length 1."""
+    lat, lon = np.radians(places).T
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
+
+
+def kilometres(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Great-circle distances (N,) of places (N, 2) in degrees, by half the chord, exact for near ones too."""
+    chord = np.linalg.norm(on_sphere(a) - on_sphere(b), axis=1)
+    return 2 * EARTH * np.arcsin(np.minimum(1, chord / 2))
+
+
+class Partition:
+    """S2 cells that hold no more than a given number of photos, and the place that each stands for.
+
+    An S2 cell is a part of one face of a cube around the earth. Level 0 is a face, level k + 1 a quarter of a
+    cell of level k. The number of a cell has the path to it in its high bits, so the cells inside it are a
+    range around it.
+
+    Attributes:
+        cells: their S2 numbers (K,) uint64, ascending.
+        places: (K, 2) degrees, the centre of the photos that each was made from.
+    """
+
+    def __init__(self, cells: np.ndarray, places: np.ndarray) -> None:
+        self.cells, self.places = cells, places
+        half = (cells & -cells) - 1  # the bits below the last that is set: the cells inside differ in them
+        self._low, self._high = cells - half, cells + half
+
+    @classmethod
+    def of(cls, places: np.ndarray, most: int, least: int, finest: int = 16) -> "Partition":
+        """Splits cells with more than `most` photos, down to level `finest` (16: sides of about 150 m), and
+        drops cells with fewer than `least`, as PlaNet does (10,000 and 50 there)."""
+        order = np.argsort(leaves := leaf_cells(places), kind="stable")
+        leaves, points = leaves[order], on_sphere(places)[order]
+        cells, centres = [], []
+        pending = [(2 * face + 1 << 60, 0) for face in range(6)]
+        while pending:
+            cell, level = pending.pop()
+            last = cell & -cell  # the bit that ends the path
+            low = np.searchsorted(leaves, np.uint64(cell - last + 1))
+            high = np.searchsorted(leaves, np.uint64(cell + last - 1), "right")
+            if high - low > most and level < finest:
+                pending += [(cell - last + k * (last >> 2), level + 1) for k in (1, 3, 5, 7)]
+            elif high - low >= max(1, least):
+                cells.append(cell)
+                centres.append(points[low:high].sum(0))
+        order = np.argsort(np.array(cells, np.uint64))
+        x, y, z = np.array(centres).reshape(-1, 3)[order].T
+        centres = np.degrees(np.stack([np.arctan2(z, np.hypot(x, y)), np.arctan2(y, x)], 1))
+        return cls(np.array(cells, np.uint64)[order], centres)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def find(self, places: np.ndarray) -> np.ndarray:
+        """The index (N,) of the cell of each place; -1 where it is in none."""
+        leaves = leaf_cells(places)
+        at = np.searchsorted(self._low, leaves, "right") - 1
+        return np.where((at >= 0) & (leaves <= self._high[at]), at, -1)
+
+
+def leaf_cells(places: np.ndarray) -> np.ndarray:
+    """Numbers (N,) uint64 of the S2 cells of the finest level, of places (N, 2) in degrees."""
+    import s2cell
+
+    return np.array([s2cell.lat_lon_to_cell_id(lat, lon, LEAVES) for lat, lon in places.tolist()], np.uint64)
+
+
+command = Command(
+    "geolocation",
+    __doc__.partition("\n")[0],
+    most=10_000,
+    least=50,
+    finest=16,
+    epochs=20,
+    lr=0.045,
+    batch_size=128,
+)
+command.option("--most", "photos that a cell may hold before it is split", type=number(int, 1))
+command.option("--least", "photos below which a cell is dropped, and they with it", type=number(int, 1))
+command.option("--finest", "level of S2 at which cells are split no more", type=number(int, 0, LEAVES))
+
+
+@command
+def main(s: Namespace, device: torch.device) -> None:
+    root, out = Path(s.data), Path(s.out)
+    train_view, test_view = transforms(s)
+    test_images, truth = photos(root / "test.csv")
+    test = Images(test_images, [0] * len(test_images), test_view)
+    images, places = photos(root / "train.csv")
+    partition = Partition.of(places, s.most, s.least, s.finest)
+    if len(partition) < 2:
+        raise TrainError(
+            f"{root / 'train.csv'}: must make two cells at least, got {len(partition)} from "
+            f"{len(images)} photos with --most {s.most} and --least {s.least}"
+        )
+    cells = [f"{cell:016x}" for cell in partition.cells.tolist()]
+    if s.evaluate:
+        model = saved(s, s.evaluate, lambda own: network(own, len(partition), device), cells=cells)
+    else:
+        labels = partition.find(places)
+        kept = np.flatnonzero(labels >= 0)
+        print(
+            f"{len(partition)} cells; {len(images) - len(kept)} of {len(images)} photos are in none",
+            flush=True,
+        )
+        model = network(s, len(partition), device)
+        train = Images([images[i] for i in kept], labels[kept], train_view, s.seed)
+        fit(model, lambda x, y: F.cross_entropy(model(x), y), train, s, device, cells=cells)
+    report(predict(model, test, s, device), test_images, truth, partition, out)
+
+
+def report(
+    logits: torch.Tensor, images: list[Path], truth: np.ndarray, partition: Partition, out: Path
+) -> None:
+    found = partition.places[logits.argmax(1).numpy()]
+    far = kilometres(found, truth)
+    write_csv(
+        out / "places.csv",
+        ["image", "latitude", "longitude", "predicted latitude", "predicted longitude", "km"],
+        (
+            (path, *a, *(f"{v:.5f}" for v in b), f"{d:.3f}")
+            for path, a, b, d in zip(images, truth, found, far)
+        ),
+    )
+    rows = [(name, km, float(100 * (far <= km).mean())) for name, km in WITHIN.items()]
+    page = Page("Geolocation")
+    page.text(
+        f"{len(far)} test photos, {len(partition)} cells; half of them are within {np.median(far):.4g} km."
+    )
+    page.table(["", "within km", "% of photos"], rows)
+    page.text("Cells (blue), photos (green) and where they were placed (red):")
+    page.drawing(720, 360, _map(partition.places, truth, found))
+    page.text("The nearest and the farthest:")
+    order = np.argsort(far, kind="stable")
+    for i in dict.fromkeys([*order[:8], *order[-8:]]):
+        page.picture(images[i], f"{truth[i, 0]:.2f}, {truth[i, 1]:.2f}: {far[i]:.4g} km off")
+    page.write(out / "index.html")
+    said = ", ".join(f"{km} km {share:.1f} %" for _, km, share in rows)
+    print(f"within {said}; {out / 'index.html'}", flush=True)
+
+
+def _map(cells: np.ndarray, truth: np.ndarray, found: np.ndarray, limit: int = 2000) -> Iterator[str]:
+    """Plate carree, two pixels a degree; at most `limit` photos."""
+
+    def at(place):
+        return f"{2 * (place[1] + 180):.1f}", f"{2 * (90 - place[0]):.1f}"
+
+    yield '<rect width="720" height="360" fill="#f4f4f4"/>'
+    yield from (f'<path d="M{x} 0V360" stroke="#ddd"/>' for x in range(60, 720, 60))
+    yield from (f'<path d="M0 {y}H720" stroke="#ddd"/>' for y in range(60, 360, 60))
+    for place in cells:
+        x, y = at(place)
+        yield f'<rect x="{x}" y="{y}" width="2" height="2" fill="#57f"/>'
+    for a, b in list(zip(truth, found))[:limit]:
+        (x, y), (u, v) = at(a), at(b)
+        yield f'<path d="M{x} {y}L{u} {v}" stroke="#aaa" stroke-width=".5"/>'
+        yield f'<circle cx="{x}" cy="{y}" r="2" fill="#080"/><circle cx="{u}" cy="{v}" r="2" fill="#c00"/>'
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
