@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from mnops import _native
@@ -98,13 +99,16 @@ def choose(op: str, device: str) -> str:
 
 
 def recording(x: Tensor | Proxy) -> bool:
-    """Whether the run on x is recorded by torch.export, torch.onnx, torch.jit.trace or torch.fx, to run elsewhere.
+    """Whether stock operations are to run on x: they need no mnops elsewhere, and have every rule.
 
-    Stock operations are recorded then, which need no mnops where they run; a forced backend keeps the ops.
+    So it is where the run is recorded (torch.export, torch.onnx, torch.jit.trace, torch.fx), unless a backend
+    is forced, which keeps the ops; and where it is transformed (torch.func, forward-mode AD).
     """
-    return _forced is None and (
-        torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, Proxy)
-    )
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, Proxy):
+        return _forced is None
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def chosen_native(op: str, device: str) -> bool:

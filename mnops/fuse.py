@@ -7,6 +7,7 @@ noted and left to the next fused convolution. Parameters, buffers, children and 
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -230,7 +231,7 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
             module.__class__ = SyncBatchNorm
     if found and _give_real not in model._forward_hooks.values():
         model.register_forward_pre_hook(_adopt)
-        model.register_forward_hook(_give_real)
+        model.register_forward_hook(_give_real, prepend=True)
     return model
 
 
@@ -247,11 +248,18 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def _adopt(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a fused model: SyncBatchNorms that came after fuse belong to it too."""
+    """Forward pre-hook of a fused model: what came after fuse belongs to it too.
+
+    SyncBatchNorms; and FSDP2, which frees the parameters of a part when its forward is through: what is
+    pending on them is made real before.
+    """
     if sync.distributed() and not torch.compiler.is_compiling():
+        sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
         for m in module.modules():
             if type(m) is nn.SyncBatchNorm:
                 m.__class__ = SyncBatchNorm
+            elif isinstance(m, sharded) and _give_real not in m._forward_hooks.values():
+                m.register_forward_hook(_give_real, prepend=True)
 
 
 def _give_real(module: nn.Module, args: Any, output: Any) -> Any:

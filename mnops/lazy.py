@@ -381,6 +381,19 @@ def _add_in_place(a, b, *, alpha=1):
 
 PLAIN = (Tensor, nn.Parameter, LazyTensor)
 
+def _watched(func: Callable) -> Callable:
+    """For who wants to see the gradient: from here on z is real, so that all of it passes there."""
+
+    def rule(z: Tensor, *args: Any) -> Any:
+        if type(z) is not LazyTensor:
+            return NotImplemented
+        watched = real(z)
+        z.pending = z.raw = None
+        return func(watched, *args)
+
+    return rule
+
+
 METADATA = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__,
     Tensor.requires_grad.__get__, Tensor.ndim.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__,
@@ -396,4 +409,6 @@ RULES: dict[Callable, Callable] = {
     F.hardswish: _activation("hardswish"), F.silu: _activation("silu"),
     torch.add: _add, Tensor.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
     Tensor.add_: _add_in_place, Tensor.__iadd__: _add_in_place,
+    Tensor.grad_fn.__get__: _watched(Tensor.grad_fn.__get__),
+    Tensor.register_hook: _watched(Tensor.register_hook), Tensor.retain_grad: _watched(Tensor.retain_grad),
 }  # fmt: skip

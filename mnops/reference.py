@@ -52,6 +52,8 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def _store(z: Tensor, x: Tensor) -> Tensor:
+    if torch._C._are_functorch_transforms_active():  # torch.func.vmap knows no memory formats
+        return z.to(dtype=x.dtype, copy=z is x)
     return z.to(dtype=x.dtype, memory_format=layout(x), copy=z is x)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from mnops import backends, reference
@@ -68,8 +67,6 @@ def run(name: str, args: tuple) -> Any:
     op, function = _ops[backends.choose(name, args[0].device.type), name]
     if torch.compiler.is_compiling():
         return op(*args)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return getattr(reference, name)(*args)
     return function.apply(*args) if needs_grad(args) else _below_autograd(op, args)
 
 
