@@ -99,16 +99,24 @@ def choose(op: str, device: str) -> str:
 
 
 def recording(x: Tensor | Proxy) -> bool:
-    """Whether stock operations are to run on x: they need no mnops elsewhere, and have every rule.
+    """Whether the run on x is recorded (torch.export, torch.onnx, torch.jit.trace, torch.fx) to run elsewhere.
 
-    So it is where the run is recorded (torch.export, torch.onnx, torch.jit.trace, torch.fx), unless a backend
-    is forced, which keeps the ops; and where it is transformed (torch.func, forward-mode AD).
+    Stock operations are recorded then, which need no mnops there; a forced backend keeps the ops.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, Proxy):
-        return _forced is None
+    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, Proxy)
+    return recorded and _forced is None
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD look on, outside of a compiler."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def wants_stock(x: Tensor | Proxy) -> bool:
+    """Whether stock operations are to run on x: they need no mnops where they run, and have every rule."""
+    return recording(x) or transformed()
 
 
 def chosen_native(op: str, device: str) -> bool:

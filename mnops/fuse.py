@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from mnops import backends, lazy, ops, sync
 from mnops.lazy import LazyTensor, real
@@ -74,7 +73,7 @@ def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> st
             return f"its input is {dtype}, its weight {weight.dtype}, under autocast"
     elif dtype != weight.dtype:
         return f"its input is {dtype}, its weight {weight.dtype}"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if backends.transformed():
         return "a transform of torch.func is active"
     if op is None:
         return "no op serves its geometry any more"

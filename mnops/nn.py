@@ -7,7 +7,7 @@ SyncBatchNorm conversion, weight-decay groups and DDP work as with stock modules
     chain(block, x: Tensor | Pending) -> Pending        its BatchNorm and activation left to the next op
 
 What the ops do not cover (another kind of convolution or norm, children with hooks) runs as stock modules;
-so does what is recorded to be run elsewhere (`mnops.backends.recording`).
+so does what is recorded to be run elsewhere (`mnops.backends.wants_stock`).
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def conv_bn_act(
 ) -> Pending:
     """conv on x, bn and act pending. same: padding is TensorFlow's SAME in place of conv.padding."""
     op = _op_of(conv, bn, same) if fused else None
-    if op is None or backends.recording(x.x if isinstance(x, Pending) else x):
+    if op is None or backends.wants_stock(x.x if isinstance(x, Pending) else x):
         return Pending(_stock(ops.norm_act(x), conv, bn, act, same))
     measure = _measures(bn)
     padding = "same" if same else conv.padding
@@ -111,7 +111,7 @@ def separable_bn_act(
         and not torch.is_grad_enabled()
         and _op_of(conv_dw, bn1, same) == "depthwise"
         and _op_of(conv_pw, bn2, False) == "pointwise"
-        and not (_measures(bn1) or _measures(bn2) or backends.recording(tensor))
+        and not (_measures(bn1) or _measures(bn2) or backends.wants_stock(tensor))
         and backends.together("depthwise_conv2d", "separable_conv2d", device=tensor.device.type)
     ):
         taps, weight = conv_dw._parameters["weight"], conv_pw._parameters["weight"]
@@ -360,7 +360,7 @@ class DepthwiseSeparable(Block):
         if self.recompute and self.fused and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             conv = self.conv_dw
             tensor = x.x if isinstance(x, Pending) else x
-            if _op_of(conv, self.bn1, self.same) == "depthwise" and not backends.recording(tensor):
+            if _op_of(conv, self.bn1, self.same) == "depthwise" and not backends.wants_stock(tensor):
                 geometry = conv.stride, "same" if self.same else conv.padding, conv.dilation
                 return recomputed(x, self.chain_depthwise, self.chain_pointwise, conv.weight, geometry)
         return separable_bn_act(

@@ -252,7 +252,7 @@ class MobileNet(nn.Module):
             raise ValueError(f"MobileNet: x must be (N, {self.in_chans}, H, W), got {tuple(x.shape)}")
         if self.rho != 1:
             x = resized(x, self.rho)
-        if self._fused and not backends.recording(x):
+        if self._fused and not backends.wants_stock(x):
             x = x.contiguous(memory_format=torch.channels_last)
         return conv_bn_act(x, self.conv_stem, self.bn1, self.act, self.same, self._fused)
 
@@ -266,7 +266,7 @@ class MobileNet(nn.Module):
 
     def _parts(self, x: Tensor) -> int:
         """Into how many parts of the batch the early stages are to be cut: see PART_BYTES."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.recording(x):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.wants_stock(x):
             return 1
         if x.device.type != "cpu" or x.shape[0] == 1 or not self._fused:
             return 1
@@ -327,7 +327,7 @@ class MobileNet(nn.Module):
         return ops.norm_act(self._body(x))
 
     def _pool(self, x: Tensor | Pending) -> Tensor:
-        if self._fused and not backends.recording(x.x if isinstance(x, Pending) else x):
+        if self._fused and not backends.wants_stock(x.x if isinstance(x, Pending) else x):
             return ops.norm_act_pool(x)
         return F.adaptive_avg_pool2d(ops.norm_act(x), 1).flatten(1)
 

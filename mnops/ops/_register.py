@@ -62,7 +62,7 @@ def run(name: str, args: tuple) -> Any:
     where no gradient can be asked for. Forward-mode AD and torch.func's jvp and grad get the reference:
     stock operations have all the rules. So does what is recorded to be run elsewhere.
     """
-    if backends.recording(args[0]):
+    if backends.wants_stock(args[0]):
         return getattr(reference, name)(*args)
     op, function = _ops[backends.choose(name, args[0].device.type), name]
     if torch.compiler.is_compiling():
