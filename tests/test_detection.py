@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -26,6 +27,11 @@ def vision():
     from mnops.models import detection as models
 
     return models
+
+
+@pytest.fixture(autouse=True)
+def malformed_data_needs_no_packages(monkeypatch):
+    monkeypatch.setattr(detection.command, "needs", ())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -134,7 +140,7 @@ def metrics(out) -> dict[str, float]:
 def test_ssd_overfits_and_shows_what_it_found(vision, scenes, tmp_path, capsys):
     pytest.importorskip("pycocotools")
     out = tmp_path / "run"
-    assert run(scenes, out, "--epochs", 30, "--lr", 0.004, "--bn-momentum", 0.3) == 0
+    assert run(scenes, out, "--epochs", 40, "--lr", 0.004, "--bn-momentum", 0.3) == 0
     learnt = metrics(out)
     assert learnt["mAP"] > 0.9
     assert f"mAP {learnt['mAP']:.4f}" in capsys.readouterr().out
@@ -145,7 +151,7 @@ def test_ssd_overfits_and_shows_what_it_found(vision, scenes, tmp_path, capsys):
     found = np.array([x.min(), x.max(), y.max()])  # the name stands at the upper edge
     assert np.abs(found - [truth[0], truth[0] + truth[2], truth[1] + truth[3]]).max() < 6
     assert (out / "index.html").read_text().count("data:image/jpeg") == 4
-    assert (out / "model.csv").read_text().count("\n") == 31
+    assert (out / "model.csv").read_text().count("\n") == 41
     assert run(scenes, tmp_path / "again", "--evaluate", out / "model.pt") == 0
     assert metrics(tmp_path / "again") == pytest.approx(learnt, nan_ok=True)
     assert run(scenes, out) == 2 and "--overwrite replaces it" in capsys.readouterr().err
@@ -253,6 +259,37 @@ def test_missing_data_is_told(tmp_path, capsys):
     (tmp_path / "annotations" / "instances_val.json").write_text("{")
     assert run(tmp_path, tmp_path / "out") == 2
     assert "must be JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["torchvision", "pycocotools"])
+def test_missing_packages_are_told_first(scenes, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.undo()
+    assert set(detection.command.needs) == {"torchvision", "pycocotools"}
+    monkeypatch.setattr(detection.command, "needs", [package])
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(scenes, tmp_path / "out") == 2
+    assert capsys.readouterr().err == (
+        f"detection: needs the package {package}: pip install 'mnops[examples]'\n"
+    )
+
+
+def test_a_torchvision_for_another_torch_is_told(scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
+    monkeypatch.delitem(sys.modules, "mnops.models.detection", raising=False)
+    assert run(scenes, tmp_path / "out") == 2
+    assert "mnops.models.detection needs a torchvision made for this torch" in capsys.readouterr().err
+
+
+def test_frozen_batch_norms_keep_the_statistics_of_the_weights(vision, scenes, tmp_path):
+    pytest.importorskip("pycocotools")
+    net = mnops.MobileNet(num_classes=7, width_mult=0.25)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    out, more = tmp_path / "out", ("--weights", tmp_path / "net.pt", "--freeze-bn", "--epochs", 1)
+    assert run(scenes, out, *more) == 0
+    state = torch.load(out / "model.pt")["model"]
+    assert torch.equal(state["backbone.body.blocks.4.1.bn2.running_var"], net.blocks[4][1].bn2.running_var)
+    assert not torch.equal(state["backbone.body.blocks.4.1.bn2.weight"], net.blocks[4][1].bn2.weight)
+    assert state["backbone.extra.0.0.bn.running_mean"].abs().sum() > 0  # new: it must find its own
 
 
 def test_crowds_and_boxes_of_no_size_are_not_learnt(tmp_path):

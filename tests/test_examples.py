@@ -107,13 +107,13 @@ def test_stanford_dogs_malformed(dogs, tmp_path, capsys):
 
 @pytest.fixture
 def places(tmp_path):
+    pytest.importorskip("s2cell")
     drawn.draw_places(tmp_path / "earth", "train", 72)
     drawn.draw_places(tmp_path / "earth", "test", 12, seed=1)
     return tmp_path / "earth"
 
 
 def test_geolocation_learns_the_cities(places, tmp_path, capsys):
-    pytest.importorskip("s2cell")
     out = tmp_path / "out"
     assert run(geolocation, places, out, "--most", 30, "--least", 2, "--epochs", 15) == 0
     said = capsys.readouterr().out
@@ -124,8 +124,8 @@ def test_geolocation_learns_the_cities(places, tmp_path, capsys):
     assert [float(row["km"]) <= 25 for row in found].count(True) == round(12 * shares[25] / 100)
     page = (out / "index.html").read_text()
     assert page.count("<circle") == 24 and page.count("<figure>") == 12
-    same = "--most", 30, "--least", 2, "--evaluate", out / "model.pt"
-    assert run(geolocation, places, tmp_path / "again", *same) == 0
+    with_its_cells = "--evaluate", out / "model.pt"  # of its settings, not of the defaults
+    assert run(geolocation, places, tmp_path / "again", *with_its_cells) == 0
     assert rows(tmp_path / "again" / "places.csv") == found
     with_others = "--most", 1, "--least", 1, "--evaluate", out / "model.pt"
     assert "was made with cells" in refused(geolocation, places, tmp_path / "other", capsys, *with_others)
@@ -207,12 +207,12 @@ def test_malformed_csv(places, tmp_path, capsys, told):
 
 @pytest.fixture
 def celeba(tmp_path):
+    pytest.importorskip("sklearn")
     drawn.draw_celeba(tmp_path / "celeba")
     return tmp_path / "celeba"
 
 
 def test_a_student_learns_attributes_from_its_teacher(celeba, tmp_path, capsys):
-    pytest.importorskip("sklearn")
     out = tmp_path / "out"
     more = "--optimizer adamw --lr 0.004 --batch-size 12 --teacher-width 0.6 --teacher-epochs 10 --epochs 14"
     assert run(face_attributes, celeba, out, more) == 0

@@ -4,6 +4,7 @@ import argparse
 import base64
 import csv
 import html
+import importlib.util
 import io
 import math
 import os
@@ -31,6 +32,8 @@ from mnops.train.schedule import lr_factor
 
 # ---- options ----
 
+RUN = {"data", "out", "overwrite", "evaluate", "workers", "device"}  # what is of this run, not of the model's
+
 
 class Command:
     """One example: its options and how it is run.
@@ -38,10 +41,12 @@ class Command:
     Args:
         name: of the module in mnops.examples.
         description: for --help.
+        needs: packages, by the names they are imported by; told before the long part where one is missing.
         defaults: settings that differ from those of `python -m mnops train`.
     """
 
-    def __init__(self, name: str, description: str, **defaults: Any) -> None:
+    def __init__(self, name: str, description: str, needs: Sequence[str] = (), **defaults: Any) -> None:
+        self.needs = needs
         self.name, self.defaults = name, DEFAULTS | {"out": f"runs/{name}", "weights": None} | defaults
         self.parser = argparse.ArgumentParser(
             prog=f"python -m mnops.examples.{name}", description=description, allow_abbrev=False
@@ -51,7 +56,7 @@ class Command:
         add("--data", "folder of the data set", required=True, metavar="DIR")
         add("--out", "folder of the results", metavar="DIR")
         add("--overwrite", "replace the results that --out holds", action="store_true")
-        add("--evaluate", "only test this model.pt of an earlier run", metavar="CHECKPOINT")
+        add("--evaluate", "only test this model.pt, with the settings of its run", metavar="CHECKPOINT")
         add("--weights", "start from a checkpoint of `python -m mnops train`", metavar="CHECKPOINT")
         add("--width", "width multiplier", type=positive)
         add("--size", "input height and width", type=number(int, 1))
@@ -76,9 +81,17 @@ class Command:
         """Decorates run(settings, device) to a main(argv): 0; 2 for a mistake of the user's; 130 for ^C."""
 
         def main(argv: list[str] | None = None) -> int:
-            s = Namespace(**{**self.defaults, **vars(self.parser.parse_args(argv))})
-            s.workers = min(8, os.cpu_count() or 1) if s.workers is None else s.workers
+            s = self.parser.parse_args(argv)
             try:
+                if s.evaluate:  # argparse gives a default only to what has no value
+                    recorded = checkpoint.load(Path(s.evaluate)).get("settings", {})
+                    own = {name: value for name, value in recorded.items() if name in vars(s).keys() - RUN}
+                    s = self.parser.parse_args(argv, Namespace(**own))
+                s = Namespace(**{**self.defaults, **vars(s)})
+                s.workers = min(8, os.cpu_count() or 1) if s.workers is None else s.workers
+                for package in self.needs:
+                    if importlib.util.find_spec(package) is None:
+                        raise ModuleNotFoundError(name=package)
                 if not Path(s.data).is_dir():
                     raise TrainError(f"--data {s.data}: there is no such directory")
                 if not s.overwrite and (Path(s.out) / "model.pt").exists():

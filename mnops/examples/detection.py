@@ -173,6 +173,12 @@ def detector(s: Namespace, categories: int, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
+def started(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorms that --weights has statistics for."""
+    parts = [model.backbone.body, *([model.roi_heads.box_head] if hasattr(model, "roi_heads") else [])]
+    return [m for part in parts for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
 def losses(model: nn.Module) -> Callable[[list[Tensor], list[dict[str, Tensor]]], Tensor]:
     def loss(images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
         return sum(model([image.float() / 255 for image in images], targets).values())
@@ -245,19 +251,22 @@ def drawn(image: Image.Image, result: dict[str, Tensor], names: list[str], least
 command = Command(
     "detection",
     __doc__.partition("\n")[0],
+    needs=["torchvision", "pycocotools"],
     network="ssd",
     augment=None,
+    freeze_bn=False,
     show=0.5,
     pictures=24,
     size=300,
     epochs=60,
-    lr=0.01,
+    lr=0.004,
     batch_size=24,
     warmup_epochs=1.0,
     optimizer="rmsprop",
 )
 command.option("--network", "ssd is SSD 300, whatever --size", choices=["ssd", "faster_rcnn"])
 command.option("--augment", "[crop for ssd, flip for faster_rcnn]", choices=["none", "flip", "crop"])
+command.option("--freeze-bn", "BatchNorms keep the statistics of --weights", action="store_true")
 command.option("--show", "score from which a box is drawn", type=number(float, 0, 1))
 command.option("--pictures", "images to draw the boxes on", type=number(int, 0))
 
@@ -277,7 +286,8 @@ def main(s: Namespace, device: torch.device) -> None:
         model = model_of(s)
         augment = augmentation(s.augment or ("crop" if s.network == "ssd" else "flip"))
         images = [image for image in data.images if image["boxes"]]
-        fit(model, losses(model), Scenes(images, augment, s.seed), s, device, collate=collate, **made_with)
+        scenes, frozen = Scenes(images, augment, s.seed), started(model) if s.freeze_bn else []
+        fit(model, losses(model), scenes, s, device, frozen=frozen, collate=collate, **made_with)
     report(detect(model, Scenes(test.images), s, device), test, s, out)
 
 

@@ -98,6 +98,7 @@ def average_precisions(scores: np.ndarray, attributes: np.ndarray) -> np.ndarray
 command = Command(
     "face_attributes",
     __doc__.partition("\n")[0],
+    needs=["sklearn"],
     teacher=None,
     teacher_width=1.0,
     teacher_epochs=10,

@@ -73,6 +73,7 @@ def freeze(model: MobileNet, layers: int) -> list[nn.Module]:
 command = Command(
     "fine_grained",
     __doc__.partition("\n")[0],
+    needs=["scipy"],
     noisy=None,
     freeze=0,
     noisy_epochs=20,

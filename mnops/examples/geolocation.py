@@ -140,6 +140,7 @@ def leaf_cells(places: np.ndarray) -> np.ndarray:
 command = Command(
     "geolocation",
     __doc__.partition("\n")[0],
+    needs=["s2cell"],
     most=10_000,
     least=50,
     finest=16,
