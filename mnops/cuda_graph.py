@@ -15,12 +15,13 @@ class graph:
     """step as a CUDA graph: `step = mnops.graph(step)`, then `loss = step(images, labels)` as before.
 
     Every call does one step on the tensors it is given. The first WARM_UP calls run step itself; the next one
-    captures it, and from then on a call copies its tensors to where the graph reads them and replays it. On CPU
-    tensors step is called as it is.
+    captures it, and from then on a call copies its tensors to where the graph reads them and replays it. On
+    CPU tensors step is called as it is.
 
-    What a capture asks of step: no wait for the GPU (`.item()`, printing a loss), the same shapes at every call, and
-    an optimizer that keeps its numbers on the GPU where it needs them (`capturable=True` for Adam; a learning rate that
-    changes is a tensor). What it returns is overwritten by the next call: clone what is kept.
+    What a capture asks of step: no wait for the GPU (`.item()`, printing a loss), the same shapes at every
+    call, and an optimizer that keeps its numbers on the GPU where it needs them (`capturable=True` for Adam;
+    a learning rate that changes is a tensor). What it returns is overwritten by the next call: clone what is
+    kept.
 
     Args:
         step: a function of tensors, for example forward, loss, backward and `optimizer.step()`, with

@@ -41,7 +41,8 @@ def test_on_the_cpu_it_calls_the_step():
 @needs_gpu
 @pytest.mark.parametrize("name", [b.name for b in backends.BACKENDS.values() if missing(b.name, "cuda") is None])
 def test_replays_are_steps(name):
-    """Seven steps, four of them replayed, on new data each: the same losses, weights and running statistics."""
+    """Seven steps, four of them replayed, on new data each: the same losses, weights and running statistics.
+    """
     with mnops.backend(name):
         eager = mnops.MobileNet(num_classes=5, width_mult=0.25).cuda()
         other = copy.deepcopy(eager)

@@ -116,7 +116,9 @@ def test_compiles_ahead_of_time_without_spills(tmp_path, monkeypatch):
 
 
 def test_64_bit_offsets():
-    """Sizes beyond 2^31 elements reach the kernels as they are: nothing on the host overflows or allocates by data."""
+    """Sizes beyond 2^31 elements reach the kernels as they are: nothing on the host overflows or allocates by
+    data.
+    """
     from mnops.triton import norm_act
     from mnops.triton.launch import recorded
 

@@ -1,7 +1,7 @@
 """The Triton backend: every op on any GPU that Triton supports, in kernels to learn from.
 
-A function of an op's name takes the arguments of its schema, `torch.ops.mnops.<name>`. float64 and empty tensors go
-to the reference.
+A function of an op's name takes the arguments of its schema, `torch.ops.mnops.<name>`. float64 and empty
+tensors go to the reference.
 """
 
 import os

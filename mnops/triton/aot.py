@@ -1,8 +1,10 @@
-"""python -m mnops.triton.aot: the kernels of MobileNet's layers compiled with no GPU, and what they take of one.
+"""python -m mnops.triton.aot: the kernels of MobileNet's layers compiled with no GPU, and what they take of
+one.
 
-What is compiled is what a launch would compile: Triton's own binder makes the signature. A row is one binary: registers
-a thread, bytes a thread spills to local memory, shared memory of a program, and how many programs a multiprocessor
-holds at once by registers, shared memory and warps. Exits with 1 if a kernel spills, or is too large for the device.
+What is compiled is what a launch would compile: Triton's own binder makes the signature. A row is one binary:
+registers a thread, bytes a thread spills to local memory, shared memory of a program, and how many programs a
+multiprocessor holds at once by registers, shared memory and warps. Exits with 1 if a kernel spills, or is too
+large for the device.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def _vectors(channels: int) -> list[Tensor]:
 def layers(
     dtype: torch.dtype, width: float = 1.0, size: int = 224, batch: int = 128
 ) -> Iterator[tuple[str, list[Launch]]]:
-    """(name, launches) of each distinct layer of MobileNet, in order: a training step, a block's inference."""
+    """(name, launches) of each distinct layer of MobileNet, in order: a training step, a block's inference.
+    """
 
     def image(channels: int, size: int) -> Tensor:
         return torch.empty(

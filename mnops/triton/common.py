@@ -1,8 +1,8 @@
 """What the kernels share: activations, and a pending norm and an incoming gradient applied on load.
 
 Every kernel sees channels_last memory: element (n, c, h, w) of a (N, C, H, W) tensor is at
-((n * H + h) * W + w) * C + c, with 64-bit offsets. Half precision is computed in fp32, and rounded where a tensor
-is stored.
+((n * H + h) * W + w) * C + c, with 64-bit offsets. Half precision is computed in fp32, and rounded where a
+tensor is stored.
 """
 
 import os
@@ -14,11 +14,11 @@ NONE, RELU, RELU6, HARDSWISH, SILU = (tl.constexpr(i) for i in range(5))
 ACTS = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
 
 
-# What gy is multiplied by before it is rounded to half precision for tensor cores. g, as it was stored, lies on the
-# grid of that precision; a gradient of the mean or the variance, spread over all pixels, is often less than half a step
-# of it, and g + gm would round back to g at every pixel: in the sum over pixels a whole term of BatchNorm's gradient
-# would be missing. Off the grid the rounding errors average out. Twice the golden section spreads the 128 mantissas
-# of bf16 most evenly between the grid points.
+# What gy is multiplied by before it is rounded to half precision for tensor cores. g, as it was stored, lies
+# on the grid of that precision; a gradient of the mean or the variance, spread over all pixels, is often less
+# than half a step of it, and g + gm would round back to g at every pixel: in the sum over pixels a whole term
+# of BatchNorm's gradient would be missing. Off the grid the rounding errors average out. Twice the golden
+# section spreads the 128 mantissas of bf16 most evenly between the grid points.
 DITHER = tl.constexpr(1.2360679774997898)
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -110,10 +110,11 @@ def channel_norm(
 
 @triton.jit
 def normalise(x, ok, m, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
-    """z of the stored x, 0 where not ok, where x was loaded as 0; every act(0) is 0. ok None: it does not matter.
+    """z of the stored x, 0 where not ok, where x was loaded as 0; every act(0) is 0. ok None: it does not
+    matter.
 
-    fp32 subtracts the mean first: |mean| / std may be 1000. In half precision that ratio has cost x its digits
-    already, and one FMA serves: shift holds beta - mean * scale, and is what the padding takes out.
+    fp32 subtracts the mean first: |mean| / std may be 1000. In half precision that ratio has cost x its
+    digits already, and one FMA serves: shift holds beta - mean * scale, and is what the padding takes out.
     """
     if NORM:
         if x.dtype == tl.float32:
@@ -159,7 +160,8 @@ def channel_incoming(
 ):  # fmt: skip
     """Of the channels c, for `incoming`: gm and gv of gy = g + gm + (y - my) * gv, times FACTOR, and my.
 
-    gm = g_mean / values, gv = 2 g_var / values, values = N * OH * OW; in half precision gm holds gm - gv * my.
+    gm = g_mean / values, gv = 2 g_var / values, values = N * OH * OW; in half precision gm holds gm - gv *
+    my.
     """
     gm = tl.zeros(c.shape, tl.float32)
     gv = tl.zeros(c.shape, tl.float32)
@@ -176,7 +178,9 @@ def channel_incoming(
 
 @triton.jit
 def incoming(g, y, ok, gm, gv, my, GMEAN: tl.constexpr, GVAR: tl.constexpr, FACTOR: tl.constexpr):
-    """FACTOR * gy, gy = g + g_mean / P + 2 (y - mean_y) g_var / P; 0 where not ok, where g and y were loaded as 0."""
+    """FACTOR * gy, gy = g + g_mean / P + 2 (y - mean_y) g_var / P; 0 where not ok, where g and y were loaded
+    as 0.
+    """
     gy = to_float(g)
     if FACTOR != 1.0:
         gy = gy * FACTOR
@@ -223,7 +227,8 @@ def load_vectors(folded, c, c_ok, C: tl.constexpr):
 
 @triton.jit
 def merge_statistics(count, mean, m2, n, delta, squares):
-    """Count, mean and sum of squared deviations of two sets of values together; delta: the second mean less the first.
+    """Count, mean and sum of squared deviations of two sets of values together; delta: the second mean less
+    the first.
 
     Chan, Golub and LeVeque, 1983: no sum of squares that could swallow the variance.
     """
@@ -236,8 +241,8 @@ def merge_statistics(count, mean, m2, n, delta, squares):
 def measure_tile(values, ok, n, count, mean, m2):
     """Count, mean and sum of squared deviations with the n rows of values that are ok among them.
 
-    A tile is measured around the mean so far: where |mean| / std is large so is the rounding of a mean, and it drops
-    out.
+    A tile is measured around the mean so far: where |mean| / std is large so is the rounding of a mean, and
+    it drops out.
     """
     if count == 0.0:
         mean = tl.sum(tl.where(ok, values, 0.0), 0)[None, :] / n

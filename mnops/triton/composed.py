@@ -3,9 +3,10 @@
     forward    norm_act, the library's convolution, statistics            I + 4O passes instead of I + O
     backward   gy, norm_act again, the library's gradients, norm_act's
 
-For what a fused Triton kernel does not do well: fp32 products without tf32, which leave the tensor cores idle, and
-which BLAS does at three times Triton's rate, bound by arithmetic, so that more passes over memory do not matter; and
-dense convolutions with many channels. The z in between is rounded to x's dtype, as stock PyTorch stores it.
+For what a fused Triton kernel does not do well: fp32 products without tf32, which leave the tensor cores
+idle, and which BLAS does at three times Triton's rate, bound by arithmetic, so that more passes over memory
+do not matter; and dense convolutions with many channels. The z in between is rounded to x's dtype, as stock
+PyTorch stores it.
 """
 
 from collections.abc import Sequence

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mnops import reference
+from mnops.triton import tune
 from mnops.triton.common import (
     ACTS,
     NONE,
@@ -372,7 +373,8 @@ def _cut(n: int, rows: int, columns: int, dilation: Sequence[int], channels: int
 
 
 def _always_inside(first: int, last: int, count: int, step: int, size: int) -> tuple[int, int]:
-    """Which of `count` pixels, `step` apart, are in [0, size) for every strip, which start at first to last."""
+    """Which of `count` pixels, `step` apart, are in [0, size) for every strip, which start at first to last.
+    """
     start, stop = max(0, cdiv(-first, step)), min(count, (size - 1 - last) // step + 1)
     return (start, stop) if start < stop else (0, 0)
 
@@ -385,18 +387,21 @@ def depthwise_conv2d(
         return reference.depthwise_conv2d(
             x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure
         )
-    return forward(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure)
+    args = x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure
+    kernel = weight.shape[2]
+    shape = x.dtype, *x.shape[1:], kernel, *stride, *dilation
+    tiles = forward_tiles(x.shape[1], kernel)
+    return forward(*args, tune.best("depthwise_conv2d", shape, x, tiles, lambda tile: forward(*args, tile)))
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and weight.shape[2] <= WIDEST
 
 
-def forward(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure, tile=None):
+def forward(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure, tile):
     n, channels, height, width = x.shape
     kernel = weight.shape[2]
     out_h, out_w = out_size(height, width, kernel, stride, padding, dilation)
-    tile = tile or forward_tile(channels, kernel, stride, cdiv(out_w, dilation[1]), x.dtype)
     columns = cdiv(out_w, dilation[1])
     cut = _cut(n, cdiv(out_h, dilation[0]), columns, dilation, channels, tile, multiprocessors(x.device))
     # the first output column of the last strip in the last dilation phase
@@ -424,27 +429,30 @@ def depthwise_conv2d_backward(
     mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    # With a common factor of stride and dilation, the phases of the output meet in some pixels of the input and
-    # miss the others: a plan of its own, for a shape that no network was seen to have.
+    # With a common factor of stride and dilation, the phases of the output meet in some pixels of the input
+    # and miss the others: a plan of its own, for a shape that no network was seen to have.
     phases_part = all(math.gcd(s, d) == 1 for s, d in zip(stride, dilation))
     if not (_serves(x, weight) and phases_part and (need_input or need_weight)):
         return reference.depthwise_conv2d_backward(
             g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation,
             need_input, need_weight,
         )  # fmt: skip
-    return backward(
+    args = (
         g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation,
         need_input, need_weight,
     )  # fmt: skip
+    kernel = weight.shape[2]
+    shape = x.dtype, *x.shape[1:], kernel, *stride, *dilation
+    tiles = backward_tiles(x.shape[1], kernel)
+    return backward(*args, tune.best("depthwise_conv2d_backward", shape, x, tiles, lambda tile: backward(*args, tile)))
 
 
 def backward(
     g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation,
-    need_input, need_weight, tile=None,
+    need_input, need_weight, tile,
 ):  # fmt: skip
     n, channels, height, width = x.shape
     kernel, (out_h, out_w) = weight.shape[2], g.shape[2:]
-    tile = tile or backward_tile(channels, kernel, stride, cdiv(cdiv(width, stride[1]), dilation[1]), x.dtype)
     first_row, rows = _cells(height, padding[0], stride[0], dilation[0])
     first_column, columns = _cells(width, padding[2], stride[1], dilation[1])
     cut = _cut(n, rows, columns, dilation, channels, tile, multiprocessors(x.device))
@@ -483,8 +491,8 @@ def backward(
 def _cells(size: int, before: int, stride: int, dilation: int) -> tuple[int, int]:
     """The first cell and how many there are, along one dimension, in a dilation phase.
 
-    Phase a of the output, a + dilation * i, meets the padded pixels a * stride + dilation * t, t = stride * i + tap:
-    cell i holds stride of them. The range is that of the phase with most on either side.
+    Phase a of the output, a + dilation * i, meets the padded pixels a * stride + dilation * t, t = stride * i
+    + tap: cell i holds stride of them. The range is that of the phase with most on either side.
     """
     first = -(((dilation - 1) * stride - before) // dilation)  # ceil of the smallest t of a pixel in the image
     last = (size - 1 + before) // dilation
@@ -499,14 +507,19 @@ def _block_c(channels: int) -> int:
     return 16 if cdiv(channels, 16) * 16 <= 7 / 8 * cdiv(channels, 32) * 32 else 32
 
 
-def _strip(columns: int, kernel: int, strips: Sequence[int]) -> int:
-    """The strip that loads fewest columns: its last one may reach beyond the row, and each has a halo."""
-    return min(strips, key=lambda strip: cdiv(columns, strip) * (strip + kernel - 1))
+def forward_tiles(channels: int, kernel: int) -> list[Tile]:
+    """Candidates, the first guess first.
+
+    Strips of 4 pixels load 6 columns for 4 (3x3), and two channels a thread are 4 or 8 bytes of a row that 16 neighbours
+    load together: 86 to 124 registers, 16 to 20 warps resident (sm_90, bf16). A 7x7 holds 49 taps.
+    """
+    block = _block_c(channels)
+    first = Tile(4, 2, block) if kernel < 7 else Tile(2, 2, block)
+    return list(dict.fromkeys([first, Tile(2, 2, block), Tile(4, 1, block)]))
 
 
-def forward_tile(channels: int, kernel: int, stride: Sequence[int], columns: int, dtype: torch.dtype) -> Tile:
-    return Tile(4, 2, _block_c(channels))
-
-
-def backward_tile(channels: int, kernel: int, stride: Sequence[int], columns: int, dtype: torch.dtype) -> Tile:
-    return Tile(4, 2, _block_c(channels))
+def backward_tiles(channels: int, kernel: int) -> list[Tile]:
+    """As forward_tiles. With both gradients a thread holds the taps and their gradients: 5x5 and 7x7 take less else."""
+    block = _block_c(channels)
+    first = Tile(4, 2, block) if kernel < 5 else Tile(2, 2, block) if kernel < 7 else Tile(2, 1, block)
+    return list(dict.fromkeys([first, Tile(2, 2, block) if kernel < 7 else Tile(1, 1, block), Tile(4, 1, block)]))

@@ -1,8 +1,8 @@
 """The second stage of every reduction: one small kernel, in a fixed order, so that results repeat bit by bit.
 
-A kernel that reduces over pixels runs `groups` programs over the same channels; each writes its partial result once,
-and these kernels put them together: about a percent of the bytes of the kernel before them. BLOCK_C = 8 channels are
-one 32-byte sector of a row, and make many programs; ROWS rows are read at once.
+A kernel that reduces over pixels runs `groups` programs over the same channels; each writes its partial
+result once, and these kernels put them together: about a percent of the bytes of the kernel before them.
+BLOCK_C = 8 channels are one 32-byte sector of a row, and make many programs; ROWS rows are read at once.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,9 @@ def finish_vectors(
     sum1, sum2,  # sums of gp and of gp * (x - mean) over all pixels
     var, gamma, dmean, dvar, dgamma, dbeta, eps, c, c_ok, GAMMA: tl.constexpr, BETA: tl.constexpr,
 ):  # fmt: skip
-    """dbeta = sum1, dgamma = sum2 * rstd, dmean = -gamma * rstd * dbeta, dvar = -1/2 * gamma * rstd^2 * dgamma."""
+    """dbeta = sum1, dgamma = sum2 * rstd, dmean = -gamma * rstd * dbeta, dvar = -1/2 * gamma * rstd^2 *
+    dgamma.
+    """
     rstd = 1.0 / tl.sqrt_rn(tl.load(var + c, mask=c_ok, other=1.0) + eps)
     scale = rstd
     if GAMMA:
@@ -158,7 +160,8 @@ def finish_matrix(
     partial: Tensor | None, dweight: Tensor, sums: Tensor | None, norm: Sequence[Tensor | None], eps: float,
     like: Tensor, channels: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Fills dweight from partial (splits, size); returns dmean, dvar, dgamma, dbeta from sums (2, groups, C)."""
+    """Fills dweight from partial (splits, size); returns dmean, dvar, dgamma, dbeta from sums (2, groups, C).
+    """
     grads = dmean, dvar, dgamma, dbeta = vector_grads(like, norm, channels, sums is not None)
     _, var, gamma, beta = norm
     splits, size = (1, 1) if partial is None else (partial.shape[0], dweight.numel())
@@ -175,7 +178,8 @@ def finish_matrix(
 
 
 def vector_grads(like: Tensor, norm: Sequence[Tensor | None], channels: int, need_input: bool) -> list[Tensor]:
-    """Where the gradients of mean, var, gamma, beta go: (C,), or (0,) of one that is not given or not needed."""
+    """Where the gradients of mean, var, gamma, beta go: (C,), or (0,) of one that is not given or not needed.
+    """
     return [like.new_empty(channels if need_input and v is not None else 0, dtype=torch.float32) for v in norm]
 
 

@@ -1,4 +1,6 @@
-"""The host side that all ops share: launches, the NHWC view of tensors, and how many programs fill the device."""
+"""The host side that all ops share: launches, the NHWC view of tensors, and how many programs fill the
+device.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""norm_act and its backward: a pending norm and activation on their own, where no convolution takes them along.
+"""norm_act and its backward: a pending norm and activation on their own, where no convolution takes them
+along.
 
-One pass each: forward reads x and writes z, backward reads g and x and writes dx, the floor. Nothing to win here but
-launches; the point of the package is to need these two as little as can be.
+One pass each: forward reads x and writes z, backward reads g and x and writes dx, the floor. Nothing to win
+here but launches; the point of the package is to need these two as little as can be.
 
-Programs take rows of pixels x BLOCK_C channels, 16 bytes a thread. In the backward they are persistent, with the
-channel sums kept apart per row of the block until the end: one reduction across threads instead of one a tile.
+Programs take rows of pixels x BLOCK_C channels, 16 bytes a thread. In the backward they are persistent, with
+the channel sums kept apart per row of the block until the end: one reduction across threads instead of one a
+tile.
 """
 
 import torch
@@ -130,7 +132,9 @@ def norm_act_backward(
 
 
 def backward(g, x, mean, var, gamma, beta, eps, act, factor):
-    """From factor * g; g (N, C, H, W) in channels_last memory, or (N, C): the same at every pixel of an image."""
+    """From factor * g; g (N, C, H, W) in channels_last memory, or (N, C): the same at every pixel of an
+    image.
+    """
     channels, count = x.shape[1], x.numel() // x.shape[1]
     block_p, block_c = block(channels)
     blocks = cdiv(channels, block_c)

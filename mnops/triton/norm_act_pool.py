@@ -1,8 +1,8 @@
 """norm_act_pool: the mean over an image of what norm_act would store.
 
-A program takes one image and BLOCK_C channels, and reads x once, the floor; the result is a 1/(H*W) of it. The
-backward is norm_act's, with g the same at every pixel of an image. It loses where one image is large and few: then
-there are few programs (batch 1 at 7 x 7 x 1024 has 16).
+A program takes one image and BLOCK_C channels, and reads x once, the floor; the result is a 1/(H*W) of it.
+The backward is norm_act's, with g the same at every pixel of an image. It loses where one image is large and
+few: then there are few programs (batch 1 at 7 x 7 x 1024 has 16).
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""pointwise_conv2d: a matrix product over the channels of every pixel, normalised on load and measured on store.
+"""pointwise_conv2d: a matrix product over the channels of every pixel, normalised on load and measured on
+store.
 
 With P pixels, C channels in and O out, every tensor is a matrix: x (P, C), y (P, O), weight (O, C).
 
@@ -7,17 +8,18 @@ With P pixels, C channels in and O out, every tensor is a matrix: x (P, C), y (P
     wgrad      dw = gy^T z          reads gy, x:                     C + O
     both       in one kernel        reads g, y, x, writes dx:        2C + 2O, the floor
 
-The kernel for both gradients keeps all of dw in registers, so it serves up to 128 x 128 channels: that is where
-images are large and the bytes are. Beyond, dgrad leaves gy behind for wgrad, as many bytes as reading g and y again,
-and half the arithmetic.
+The kernel for both gradients keeps all of dw in registers, so it serves up to 128 x 128 channels: that is
+where images are large and the bytes are. Beyond, dgrad leaves gy behind for wgrad, as many bytes as reading g
+and y again, and half the arithmetic.
 
-The products run on tensor cores: z and gy are rounded to x's dtype on the way in, as stock PyTorch stores them. A
-512 x 512 layer has 256 FLOP a byte and is bound by them, not by memory; there a tile reads its operands through L2
-BLOCK_O / O times. It loses to a tuned BLAS where C and O are large and the image small enough that passes over
-memory are cheap; in fp32 without tf32 tensor cores are out, and `composed.py` hands the product to BLAS.
+The products run on tensor cores: z and gy are rounded to x's dtype on the way in, as stock PyTorch stores
+them. A 512 x 512 layer has 256 FLOP a byte and is bound by them, not by memory; there a tile reads its
+operands through L2 BLOCK_O / O times. It loses to a tuned BLAS where C and O are large and the image small
+enough that passes over memory are cheap; in fp32 without tf32 tensor cores are out, and `composed.py` hands
+the product to BLAS.
 
-Persistent programs: each takes the same output channels through many tiles of pixels, so the second stage of the
-statistics has few rows to sum.
+Persistent programs: each takes the same output channels through many tiles of pixels, so the second stage of
+the statistics has few rows to sum.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mnops import reference
-from mnops.triton import composed
+from mnops.triton import composed, tune
 from mnops.triton.common import (
     ACTS,
     DITHER,
@@ -210,7 +212,9 @@ def incoming_tile(
     g, y, folded, p, o, ok, o_ok, rows_ok, O: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr,
     FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """FACTOR * gy of a tile's pixels and the channels o, in g's dtype for the tensor cores; 0 where rows_ok is not."""
+    """FACTOR * gy of a tile's pixels and the channels o, in g's dtype for the tensor cores; 0 where rows_ok
+    is not.
+    """
     gm, gv, my = o, o, o
     if GMEAN or GVAR:
         gm, gv, my = load_vectors(folded, o, o_ok, O)
@@ -233,7 +237,8 @@ def pointwise_wgrad_kernel(
     NORM: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr, PRECISION: tl.constexpr,
     KEPT: tl.constexpr,  # g is what dgrad left: gy, scaled
 ):  # fmt: skip
-    """dw, a block a program, over a share of the pixels: split, for few blocks would leave the device idle."""
+    """dw, a block a program, over a share of the pixels: split, for few blocks would leave the device idle.
+    """
     c_blocks = tl.cdiv(C, BLOCK_C)
     blocks = c_blocks * tl.cdiv(O, BLOCK_O)
     split, splits = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
@@ -315,7 +320,8 @@ def pointwise_backward_kernel(
 
 
 class Tile(NamedTuple):
-    """A block of the product: pixels x columns (outputs, or in dgrad channels), `depth` of the sum at a time."""
+    """A block of the product: pixels x columns (outputs, or in dgrad channels), `depth` of the sum at a time.
+    """
 
     pixels: int
     columns: int
@@ -335,8 +341,9 @@ def _power(size: int, most: int) -> int:
 def forward_tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
     """Candidates, the first guess first.
 
-    Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under way while
-    these are multiplied. Many: 128 x 128 and a depth of 128 bytes a row, at most 145 registers of 8 warps.
+    Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under way
+    while these are multiplied. Many: 128 x 128 and a depth of 128 bytes a row, at most 145 registers of 8
+    warps.
     """
     columns = _power(out, 128)
     if channels <= WHOLE:
@@ -368,6 +375,13 @@ def backward_tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
     columns, depth = _power(channels, WHOLE), _power(out, WHOLE)
     small = 32 if columns * depth > 64 * 64 else 64
     return [Tile(small, columns, depth), Tile(64, columns, depth, 8, 2), Tile(64, columns, depth), Tile(small, columns, depth, 8, 2)]
+
+
+class Both(NamedTuple):
+    """Tiles of the two gradients, a kernel each."""
+
+    dgrad: Tile
+    wgrad: Tile
 
 
 class Prepared(NamedTuple):
@@ -407,13 +421,17 @@ def pointwise_conv2d(
         return reference.pointwise_conv2d(*args, measure)
     if composed.better(x):
         return composed.forward(*args, (1, 1), (0, 0, 0, 0), (1, 1), measure)
-    return forward(*args, measure)
+    out, channels = weight.shape[:2]
+    tiles = forward_tiles(channels, out, x.element_size())
+    shape = x.dtype, *x.shape[1:], out
+    return forward(
+        *args, measure, tune.best("pointwise_conv2d", shape, x, tiles, lambda tile: forward(*args, measure, tile))
+    )
 
 
-def forward(x, weight, mean, var, gamma, beta, eps, act, measure, tile=None):
+def forward(x, weight, mean, var, gamma, beta, eps, act, measure, tile):
     n, channels, height, width = x.shape
     out, count = weight.shape[0], n * height * width
-    tile = tile or forward_tiles(channels, out, x.element_size())[0]
     given = vectors(mean, var, gamma, beta)
     matrix, norm, _ = _prepare(x, weight, given, eps)
     blocks, tiles = cdiv(out, tile.columns), cdiv(count, tile.pixels)
@@ -440,17 +458,26 @@ def pointwise_conv2d_backward(
         return reference.pointwise_conv2d_backward(*args, need_input, need_weight)
     if composed.better(x):
         return composed.backward(*args, (1, 1), (0, 0, 0, 0), (1, 1), need_input, need_weight)
-    return backward(*args, need_input, need_weight)
+    args = *args, need_input, need_weight
+    out, channels = weight.shape[:2]
+    itemsize, whole = x.element_size(), need_input and need_weight and max(channels, out) <= WHOLE
+    tiles = dgrad_tiles(channels, out, itemsize), wgrad_tiles(channels, out, itemsize)
+    candidates = [Both(*pair) for pair in zip(*tiles)]
+    if whole:
+        candidates = backward_tiles(channels, out, itemsize) + candidates[:1]
+    shape = x.dtype, *x.shape[1:], out, need_input, need_weight
+    return backward(
+        *args, tune.best("pointwise_conv2d_backward", shape, x, candidates, lambda tile: backward(*args, tile))
+    )
 
 
 def backward(
-    g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, need_input, need_weight, tile=None,
-    whole=True,
-):  # fmt: skip
-    """whole: both gradients in one kernel where it serves. tile: of that kernel, or (dgrad's, wgrad's)."""
+    g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, need_input, need_weight, tile
+):
+    """tile: Tile for both gradients in one kernel, or Both for one each."""
     n, channels, height, width = x.shape
     out, count = weight.shape[0], n * height * width
-    itemsize, mp = x.element_size(), multiprocessors(x.device)
+    mp = multiprocessors(x.device)
     given = vectors(mean, var, gamma, beta)
     matrix, norm, folded = _prepare(x, weight, given, eps, *vectors(g_mean, g_var), mean_y, count)
     g, x_in = nhwc(g), nhwc(x)
@@ -463,8 +490,7 @@ def backward(
     dx = empty_nhwc(x, x.shape) if need_input else x.new_empty(0)
     dweight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype, device=x.device)
     partial = sums = None
-    if whole and need_input and need_weight and max(channels, out) <= WHOLE:
-        tile = tile or backward_tiles(channels, out, itemsize)[0]
+    if isinstance(tile, Tile):
         groups = min(cdiv(count, tile.pixels), mp)  # one a multiprocessor: each keeps a dw of its own
         sums = x.new_empty((2, groups, channels), dtype=torch.float32)
         partial = x.new_empty((groups, out, channels), dtype=torch.float32)
@@ -475,7 +501,7 @@ def backward(
         )  # fmt: skip
     else:
         kept = need_input and need_weight and any(affine.values())
-        dgrad, wgrad = tile or (dgrad_tiles(channels, out, itemsize)[0], wgrad_tiles(channels, out, itemsize)[0])
+        dgrad, wgrad = tile
         if need_input:
             gy = torch.empty_like(g) if kept else g
             groups = cdiv(count, dgrad.pixels)

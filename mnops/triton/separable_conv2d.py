@@ -1,15 +1,15 @@
 """separable_conv2d: a depthwise convolution, the norm of what it gives and a 1x1 convolution in one kernel.
 
-A program computes the depthwise result of BLOCK_P pixels, BLOCK_C channels at a time, and multiplies it on tensor cores
-while it is in registers: it reaches neither memory nor L2. x is read and y written once, the floor. Neighbouring pixels
-share the rows around them in L1, so a tile goes through bands of rows, column by column: with 8 rows a band a pixel is
-fetched 10/8 times, not 3.
+A program computes the depthwise result of BLOCK_P pixels, BLOCK_C channels at a time, and multiplies it on
+tensor cores while it is in registers: it reaches neither memory nor L2. x is read and y written once, the
+floor. Neighbouring pixels share the rows around them in L1, so a tile goes through bands of rows, column by
+column: with 8 rows a band a pixel is fetched 10/8 times, not 3.
 
-What it costs is arithmetic. x's pending norm is applied at each of the nine taps: some 45 instructions a value of the
-depthwise result, where the two ops apart take 12 and two passes over that result. A multiprocessor issues 128 a cycle
-and moves about 20 bytes of memory: the two passes take as long as some 25 instructions. So the kernel serves up to
-MOST_OUTPUTS outputs, which one program holds; beyond, the depthwise part would be computed again for every block of
-outputs, and the ops run apart.
+What it costs is arithmetic. x's pending norm is applied at each of the nine taps: some 45 instructions a
+value of the depthwise result, where the two ops apart take 12 and two passes over that result. A
+multiprocessor issues 128 a cycle and moves about 20 bytes of memory: the two passes take as long as some 25
+instructions. So the kernel serves up to MOST_OUTPUTS outputs, which one program holds; beyond, the depthwise
+part would be computed again for every block of outputs, and the ops run apart.
 """
 
 from collections.abc import Sequence
@@ -133,9 +133,9 @@ class Tile(NamedTuple):
 def tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
     """Candidates, the first guess first.
 
-    With 64 accumulators a thread and 16 channels at a time (32 bytes of bf16, a sector) 12 to 16 warps are resident,
-    and the loads of some hide behind the products of others; with 64 outputs 32 channels do. One stage: copies of the
-    taps in shared memory would crowd out the L1 that serves them.
+    With 64 accumulators a thread and 16 channels at a time (32 bytes of bf16, a sector) 12 to 16 warps are
+    resident, and the loads of some hide behind the products of others; with 64 outputs 32 channels do. One
+    stage: copies of the taps in shared memory would crowd out the L1 that serves them.
     """
     deep = 32 if channels > 16 else 16
     if out <= 64:

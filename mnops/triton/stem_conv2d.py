@@ -1,12 +1,14 @@
-"""stem_conv2d: a network's first, dense convolution, as a matrix product over the taps gathered from the image.
+"""stem_conv2d: a network's first, dense convolution, as a matrix product over the taps gathered from the
+image.
 
-With T = K * K * C taps (27 for 3x3 on an RGB image) an output pixel is a product of T numbers with a (T, O) matrix,
-on tensor cores; the taps are gathered element by element, neighbours in a row from the same cache lines, and every
-image line is fetched from memory once. Forward moves x and y, the weight gradient x, g and y: the floor. The products
-pad T to 32, which costs nothing here: 64 outputs a pixel are bound by memory.
+With T = K * K * C taps (27 for 3x3 on an RGB image) an output pixel is a product of T numbers with a (T, O)
+matrix, on tensor cores; the taps are gathered element by element, neighbours in a row from the same cache
+lines, and every image line is fetched from memory once. Forward moves x and y, the weight gradient x, g and
+y: the floor. The products pad T to 32, which costs nothing here: 64 outputs a pixel are bound by memory.
 
-For few channels in: T is at most MOST_TAPS. It loses where they are many, as in a dense 3x3 in the middle of a network:
-that goes to cuDNN by way of `composed.py`, as does the gradient of the input, which no image needs.
+For few channels in: T is at most MOST_TAPS. It loses where they are many, as in a dense 3x3 in the middle of
+a network: that goes to cuDNN by way of `composed.py`, as does the gradient of the input, which no image
+needs.
 """
 
 from collections.abc import Sequence
@@ -39,7 +41,9 @@ PROGRAMS = 4  # persistent ones, a multiprocessor: they keep the weights, or the
 
 @triton.jit
 def tap_positions(C: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr):
-    """Row, column, channel of the taps, [1, TAPS], channels innermost as in memory; their place in (C, K, K); there?"""
+    """Row, column, channel of the taps, [1, TAPS], channels innermost as in memory; their place in (C, K, K);
+    there?
+    """
     t = tl.arange(0, TAPS)[None, :]
     row, column, c = t // (K * C), t // C % K, t % C
     return row, column, c, (c * K + row) * K + column, t < K * K * C
