@@ -1,5 +1,6 @@
 """What all tests share: which backends they run on, and hypothesis settings."""
 
+import contextlib
 import os
 
 os.environ.setdefault(
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import mnops
-from mnops import backends
+from mnops import backends, ops
 
 if backends.INTERPRETED:
     import interpreter
@@ -25,11 +26,35 @@ hypothesis.settings.register_profile("few", deadline=None, derandomize=True, max
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+OPS = [name for name in ops.__all__ if name != "Pending"]
+
+
 def missing(backend: str, device: str) -> str | None:
-    """Why the tests cannot run on this backend and device here; None if they can."""
+    """Why no test can run on this backend and device here; None if some can."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
-    return backends.why_not(backend, "depthwise_conv2d", device)
+    reasons = [backends.why_not(backend, op, device) for op in OPS]
+    return None if None in reasons else reasons[0]
+
+
+def tested(request) -> list[str]:
+    """The ops that a test of test_ops.py needs: its case's, those in its name, else all."""
+    if "separable" in request.node.name:
+        return ["separable_conv2d"]
+    case = request.node.callspec.params.get("case")
+    if hasattr(case, "op"):
+        return [f"{case.op}_conv2d", "norm_act", "pointwise_conv2d"]
+    return ["norm_act", "norm_act_pool"] if "norm_act" in request.node.name else OPS
+
+
+@contextlib.contextmanager
+def exact_products(device: str):
+    """fp32 products in fp32, not tf32, on a GPU: what the tests hold against fp64."""
+    if device == "cuda":
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    else:
+        yield
 
 
 PLACES = [(b.name, device) for b in backends.BACKENDS.values() for device in b.devices or ("cpu", "cuda")]
@@ -45,7 +70,10 @@ def place(request):
 def device(request):
     """The device to test on, with each backend that serves it forced in turn."""
     name, device = request.param
-    with mnops.backend(name):
+    for op in tested(request):
+        if reason := backends.why_not(name, op, device):
+            pytest.skip(f"backend {name}: {reason}")
+    with mnops.backend(name), exact_products(device):
         yield device
 
 

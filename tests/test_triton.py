@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import mnops  # noqa: F401
+import mnops
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 HERE = Path(__file__).parent
@@ -113,6 +113,49 @@ def test_compiles_ahead_of_time_without_spills(tmp_path, monkeypatch):
     for row in rows:
         assert row.spilled == 0, row
         assert row.resident * row.warps >= 8, row  # two warps for each of a multiprocessor's schedulers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tf32_by_torchs_switch():
+    """fp32 products: as exact as cuDNN's under the same switch, on either side of it."""
+    x = torch.randn(2, 64, 16, 16, device="cuda").to(memory_format=torch.channels_last)
+    weight = torch.randn(48, 64, 1, 1, device="cuda")
+    exact = torch.nn.functional.conv2d(x.double(), weight.double())
+    for allowed, least, most in ((True, 1e-5, 1e-3), (False, 0, 1e-6)):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed), mnops.backend("triton"):
+            y, _, _ = mnops.ops.pointwise_conv2d(x, weight)
+        assert least <= (y - exact).norm() / exact.norm() <= most
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_other_stream_and_beyond_2_31_elements():
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), mnops.backend("triton"), torch.no_grad():
+        x = torch.full((2**31 // (64 * 64 * 64) + 8, 64, 64, 64), 2.0, dtype=torch.bfloat16, device="cuda")
+        x = x.to(memory_format=torch.channels_last)
+        x[-1, :, -1, -1] = -3.0
+        z = mnops.ops.norm_act(mnops.Pending(x, act="relu"))
+        assert z[-1, :, -1, -1].eq(0).all() and z[-1, :, -1, -2].eq(2).all() and z[0].eq(2).all()
+        weight = torch.ones(64, 1, 3, 3, dtype=torch.bfloat16, device="cuda")
+        y, mean, _ = mnops.ops.depthwise_conv2d(x, weight, padding=1, measure=True)
+        assert y[-1, :, -1, -1].eq(3).all() and y[-1, :, 5, 5].eq(18).all() and mean.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_compiled_training_step():
+    """Inductor runs the kernels that it sees, with the numbers of eager."""
+    model = mnops.MobileNet(num_classes=5, width_mult=0.25).cuda()
+    x = torch.randn(4, 3, 64, 64, device="cuda")
+    with mnops.backend("triton"):
+        compiled = torch.compile(model, fullgraph=True)
+        for run in (model, compiled):
+            model.zero_grad()
+            logits = run(x)
+            logits.square().sum().backward()
+            gradient = model.classifier.weight.grad.clone()
+            if run is model:
+                expected = logits.detach(), gradient
+        torch.testing.assert_close((logits.detach(), gradient), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_64_bit_offsets():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accuracy import assert_as_exact
 from cases import ACTS, CASES, Case, vectors
 from test_ops import (
+    assert_near_reference,
     by_reference,
     conv_and_gradients,
     draw,
@@ -20,7 +21,6 @@ from test_ops import (
     norm_and_gradients,
     separable,
     spelled_out,
-    stock_conv,
     stock_pool,
     stock_separable,
 )
@@ -35,20 +35,6 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 def _triton():
     with mnops.backend("triton"):
         yield
-
-
-def assert_near_reference(case, draws):
-    def run(*inputs):
-        return conv_and_gradients(case, case.conv, *inputs)
-
-    def other(x, weight, *rest):
-        """Tensor cores take the weight in x's dtype, as stock PyTorch does under autocast."""
-        return by_reference(run)(x, weight if case.op == "depthwise" else weight.to(x.dtype), *rest)
-
-    def exact(*inputs):
-        return conv_and_gradients(case, lambda x, weight: stock_conv(case, x, weight), *inputs)
-
-    assert_as_exact(run, other, exact, draws, f"{case} {draws[0][0].dtype}")
 
 
 TABLE = {str(c): c for c in CASES}
