@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision_support
 from torch import nn
 
 import mnops
@@ -251,3 +252,27 @@ def test_bad_end_points():
     model, x = make(num_classes=0), torch.zeros(2, 3, 32, 32)
     with pytest.raises(ValueError, match=r"end points must be some of .*AvgPool_1a, got \['Logits'\]"):
         model.forward_end_points(x, ["Logits"])
+
+
+# ---- as a backbone of torchvision's ----
+
+
+def test_features_are_a_backbone():
+    torchvision = torchvision_support.load()
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.rpn import AnchorGenerator
+
+    model = make().eval()
+    backbone, x = model.features, torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(backbone(x), model.forward_features(x))
+    assert backbone.out_channels == model.out_channels == 256
+    assert backbone.network.conv_stem.weight is model.conv_stem.weight
+    assert sum(1 for _ in backbone.parameters()) == sum(1 for _ in model.parameters()) - 2
+    assert isinstance(model.classifier, torch.nn.Linear)
+    pooler = torchvision.ops.MultiScaleRoIAlign(["0"], 7, 2)
+    detector = FasterRCNN(
+        backbone, 3, min_size=64, max_size=64, rpn_anchor_generator=AnchorGenerator(((32,),)),
+        box_roi_pool=pooler, rpn_post_nms_top_n_test=4,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert {"boxes", "labels", "scores"} == set(detector.eval()([x[0]])[0])

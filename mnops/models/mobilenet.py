@@ -1,5 +1,6 @@
 """MobileNet and its variants: Howard et al., arXiv:1704.04861."""
 
+import copy
 import itertools
 import math
 from collections.abc import Collection, Sequence
@@ -246,6 +247,16 @@ class MobileNet(nn.Module):
             nn.init.normal_(self.classifier.weight, 0, 0.01)
             nn.init.zeros_(self.classifier.bias)
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of the last feature map: what torchvision's detectors ask of a backbone."""
+        return self.num_features
+
+    @property
+    def features(self) -> "Features":
+        """The layers up to the last feature map, themselves, as a module: a backbone as torchvision's are."""
+        return Features(self)
+
     def _stem(self, x: Tensor) -> Pending:
         traced = isinstance(x, Proxy)  # torch.fx's, whose shape is not known
         if not traced and (x.dim() != 4 or x.shape[1] != self.in_chans):
@@ -340,6 +351,22 @@ class MobileNet(nn.Module):
         if self.features_only:
             return self._taps(x, self.feature_names)[1]
         return self.forward_head(self._body(x))
+
+
+class Features(nn.Module):
+    """The layers of a MobileNet, shared with it, without its head.
+
+    Shape: (N, in_chans, H, W) -> (N, out_channels, H / 32, W / 32).
+    """
+
+    def __init__(self, network: MobileNet) -> None:
+        super().__init__()
+        self.network = copy.copy(network)
+        self.network._modules = {**network._modules, "classifier": nn.Identity()}
+        self.out_channels = network.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.forward_features(x)
 
 
 def _checked(stages: Stages) -> list[list[Layer]]:
