@@ -282,11 +282,13 @@ def test_a_torchvision_for_another_torch_is_told(scenes, tmp_path, capsys, monke
 
 def test_frozen_batch_norms_keep_the_statistics_of_the_weights(vision, scenes, tmp_path):
     pytest.importorskip("pycocotools")
-    net = mnops.MobileNet(num_classes=7, width_mult=0.25)
-    torch.save(net.state_dict(), tmp_path / "net.pt")
+    net = mnops.MobileNet(num_classes=7, width_mult=0.25, act="relu6", padding="same", bn_eps=1e-3)
+    made_with = dict(act="relu6", padding="same", bn_eps=1e-3, width=0.25)
+    torch.save({"model": net.state_dict(), "settings": made_with}, tmp_path / "net.pt")
     out, more = tmp_path / "out", ("--weights", tmp_path / "net.pt", "--freeze-bn", "--epochs", 1)
     assert run(scenes, out, *more) == 0
-    state = torch.load(out / "model.pt")["model"]
+    state, settings = (torch.load(out / "model.pt")[name] for name in ("model", "settings"))
+    assert {name: settings[name] for name in made_with} == made_with
     assert torch.equal(state["backbone.body.blocks.4.1.bn2.running_var"], net.blocks[4][1].bn2.running_var)
     assert not torch.equal(state["backbone.body.blocks.4.1.bn2.weight"], net.blocks[4][1].bn2.weight)
     assert state["backbone.extra.0.0.bn.running_mean"].abs().sum() > 0  # new: it must find its own

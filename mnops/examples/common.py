@@ -32,7 +32,15 @@ from mnops.train.schedule import lr_factor
 
 # ---- options ----
 
-RUN = {"data", "out", "overwrite", "evaluate", "workers", "device"}  # what is of this run, not of the model's
+RUN = {
+    "data",
+    "out",
+    "overwrite",
+    "evaluate",
+    "weights",
+    "workers",
+    "device",
+}  # of this run, not of the model's
 
 
 class Command:
@@ -88,6 +96,9 @@ class Command:
                     own = {name: value for name, value in recorded.items() if name in vars(s).keys() - RUN}
                     s = self.parser.parse_args(argv, Namespace(**own))
                 s = Namespace(**{**self.defaults, **vars(s)})
+                if s.weights:  # the width is checked with the shapes
+                    recorded = checkpoint.load(Path(s.weights)).get("settings", {})
+                    vars(s).update({k: v for k, v in recorded.items() if k in MODEL - {"width"}})
                 s.workers = min(8, os.cpu_count() or 1) if s.workers is None else s.workers
                 for package in self.needs:
                     if importlib.util.find_spec(package) is None:
