@@ -49,6 +49,20 @@ const std::vector<Capability>& capabilities() {
           nullptr,
 #endif
           "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {
+#ifdef MNOPS_HAS_AVX512
+          &avx512_kernels,
+#else
+          nullptr,
+#endif
+          "avx512",
+#ifdef MNOPS_EMULATE_AVX512
+          true
+#else
+          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+#endif
+      },
 #endif
 #ifdef MNOPS_HAS_NEON
       {&neon_kernels, "neon", true},  // part of AArch64

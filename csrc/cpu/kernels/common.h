@@ -94,7 +94,7 @@ template <class F> MNOPS_INLINE void with_lanes(bool all, F f) {
   if (all) f(LanesTag<Lanes::all>{}); else f(LanesTag<Lanes::some>{});
 }
 template <class V, class S, class F> MNOPS_INLINE void with_stores(bool all, bool stream, const S* to, int64_t stride, F f) {
-  if constexpr (V::N * sizeof(S) == 32) {  // half a line at a time, two stores in a row
+  if constexpr (sizeof(S) == sizeof(typename V::T) && V::N * sizeof(S) >= 32) {  // whole lines, by stores in a row
     if (all && stream && reinterpret_cast<uintptr_t>(to) % 64 == 0 && stride * sizeof(S) % 64 == 0)
       return f(LanesTag<Lanes::stream>{});
   }

@@ -52,6 +52,9 @@ extern const InstructionSet scalar_kernels;
 #ifdef MNOPS_HAS_AVX2
 extern const InstructionSet avx2_kernels;
 #endif
+#ifdef MNOPS_HAS_AVX512
+extern const InstructionSet avx512_kernels;
+#endif
 #ifdef MNOPS_HAS_NEON
 extern const InstructionSet neon_kernels;
 extern const Kernels<float> neon_bf16_kernels;  // in place of its bf16
