@@ -1,5 +1,6 @@
 # make train    environment, build, then MobileNet on the built-in images; ARGS="--data DIR ..." for your own
 # make test     environment, build, then the tests; ARGS="-k depthwise" for some
+# make test-avx512    the AVX-512 kernels, emulated, on any x86-64 CPU (Debian; root for apt, the first time)
 # make test-arm    cross-compiles for aarch64 and tests that under emulation (x86-64 Debian; root for apt, the first time)
 # make lint     what CI of a pull request would complain about;  make format mends what a tool can mend
 # make test-gpu    on a machine with a GPU, a PyTorch of its own and nvcc, no network: builds in place, tests ops on the GPU
@@ -21,13 +22,16 @@ BUILD := $(VENV)/build-$(TORCH).stamp
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 
-.PHONY: train test test-arm test-gpu bench-gpu build-gpu bench-guard build lint format clean
+.PHONY: train test test-avx512 test-arm test-gpu bench-gpu build-gpu bench-guard build lint format clean
 
 train: build
 	$(BIN)/python -m mnops train --overwrite $(ARGS)
 
 test: build
 	$(BIN)/python -m pytest -q -rs tests $(ARGS)
+
+test-avx512: build
+	VENV=$(VENV) tools/avx512/test.sh $(ARGS)
 
 test-arm:
 	PIP_ARGS="$(PIP_ARGS)" tools/arm/test.sh $(ARGS)
