@@ -38,26 +38,28 @@ TABLES = {
         "--peers mnops torch-nchw torch-channels_last",
     },
     "cuda": {
+        "training": "net --networks 1.0-224 --pass train --batch 256 --dtype bfloat16 --launch graph "
+        "--budget 3",
+        "inference": "net --networks 1.0-224 --pass infer --batch 1 256 --dtype bfloat16 --launch graph "
+        "--budget 3",
+        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --batch 128 "
+        "--dtype bfloat16 --launch graph --budget 1 --peers mnops-triton",
         "depthwise": "ops --op depthwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2",
         "pointwise": "ops --op pointwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2 "
-        "--peers mnops torch-nchw torch-channels_last",
-        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --batch 128 "
-        "--dtype bfloat16 --launch graph --budget 1 --peers mnops",
-        "training": "net --networks 1.0-224 --pass train --batch 256 --dtype bfloat16 --launch graph --budget 3",
-        "inference": "net --networks 1.0-224 --pass infer --batch 1 256 --dtype bfloat16 --launch graph --budget 3",
-        "calls": "net --pass train infer --batch 256 --dtype bfloat16 --budget 4",
-        "autotune": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --launch graph --budget 4 "
-        "--peers mnops mnops-triton torch-compile-max",
+        "--peers mnops-triton torch-nchw torch-channels_last",
         "startup": "startup --peers mnops torch-channels_last torch-compile",
+        "calls": "net --pass train infer --batch 256 --dtype bfloat16 --budget 4",
+        "autotune": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --launch graph "
+        "--budget 4 --peers mnops-triton torch-compile-max",
     },
 }
 PEERS_OF = {
     "ops cpu": "mnops torch-nchw torch-channels_last torch-compile",
     "net cpu": "mnops mnops-recompute torch-nchw torch-channels_last torch-compile torch-frozen timm "
     "onnxruntime openvino xnnpack",
-    "ops cuda": "mnops mnops-triton torch-nchw torch-channels_last torch-compile",
-    "net cuda": "mnops mnops-triton mnops-recompute torch-nchw torch-channels_last torch-compile "
-    "torch-frozen timm",
+    # mnops by name of the backend: by default the reference serves on a GPU, until one has run the others' tests
+    "ops cuda": "mnops-triton torch-nchw torch-channels_last torch-compile",
+    "net cuda": "mnops-triton torch-nchw torch-channels_last torch-compile torch-frozen timm",
     "quick": "mnops torch-nchw torch-channels_last onnxruntime openvino",
 }
 

@@ -20,7 +20,9 @@ class Group(dict[str, Row]):
 
     @property
     def mine(self) -> Row | None:
-        return self.get("mnops")
+        """The row of mnops, or of the first backend that was named."""
+        named = (row for name, row in self.items() if name.startswith("mnops-"))
+        return self.get("mnops") or next(named, None)
 
     def best(self, among: Callable[[str], bool]) -> Row | None:
         """The fastest contender that is not mnops and satisfies `among`."""
