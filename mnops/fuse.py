@@ -197,8 +197,8 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
     """Runs the convolutions of a model, with the BatchNorms and activations after them, by mnops; in place.
 
     Every depthwise convolution that a BatchNorm follows is fused, and the 1x1 convolutions and first layer
-    (at most 16 channels in) beside such ones; others, as in a ResNet, would gain nothing. The class of a fused
-    convolution changes, nothing else. Calling fuse again takes in what was added since.
+    (at most 16 channels in) beside such ones; others, as in a ResNet, would gain nothing. The class of a
+    fused convolution changes, nothing else. Calling fuse again takes in what was added since.
 
     Fused layers are chained wherever one's output goes to the next through nothing but BatchNorm, relu,
     relu6, hardswish or silu. `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of

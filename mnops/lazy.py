@@ -136,8 +136,8 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.copy_.default and type(args[0]) is LazyTensor:
-            return args[0]  # of _describe and _become, for autograd
+        if _linking and func is torch.ops.aten.copy_.default:
+            return args[0]
         written = (a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         if any(w and type(a) is LazyTensor for w, a in zip(written, args)):
             raise RuntimeError(
@@ -165,14 +165,17 @@ class _Defer(torch.autograd.Function):
         return *r.norm_backward(op, ctx, g), None
 
 
-class _Materialise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, lazy):
-        return data(lazy).detach()
+def _link(out: Tensor, source: Tensor) -> None:
+    """Gives out, of source's values and without history, source's history: to autograd out.copy_(source)."""
+    global _linking
+    _linking = True
+    try:
+        out.copy_(source)
+    finally:
+        _linking = False
 
-    @staticmethod
-    def backward(ctx, g):
-        return g
+
+_linking = False
 
 
 def lazy(pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> LazyTensor:
@@ -196,7 +199,7 @@ def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
             if out.requires_grad:
                 out.detach_()
             if pending.mean is None and pending.act == "none":
-                out.copy_(pending.x)
+                _link(out, pending.x)
             else:
                 _Defer.apply(*pending, out)
 
@@ -214,24 +217,41 @@ def lazy_output(
 
 def data(z: LazyTensor) -> Tensor:
     """The values, computed at the first call; no autograd."""
-    if z._data is None:
+    if z._data is None or (z._data.is_inference() and not torch.is_inference_mode_enabled()):
         with torch.no_grad():
             out = ops.norm_act(z.pending)
             if out is z.pending.x and z.raw is not None and z.raw.mean is not None:
                 out = out.clone()  # the convolution keeps y for its backward: nobody may change it
             z._data = (out.contiguous() if z.nchw else out).detach()
-        z._version_seen = -1 if z._data.is_inference() else z._data._version
+        z._version_seen = _version(z)
     return z._data
+
+
+def _version(z: LazyTensor) -> int:
+    return -1 if z._data.is_inference() else z._data._version
 
 
 def real(z: Tensor) -> Tensor:
     """z as a plain tensor, connected to autograd; what is not a LazyTensor is given back."""
     if type(z) is not LazyTensor:
         return z
-    connected = _requires_grad(z)
+    if torch._C._are_functorch_transforms_active():  # z is from outside of them
+        with torch._C._DisableFuncTorch():
+            return _real(z)
+    return _real(z)
+
+
+def _real(z: LazyTensor) -> Tensor:
+    connected = _requires_grad(z) and not torch.is_inference_mode_enabled()
     if z._real is None or (connected and not z._real.requires_grad):
-        with torch.set_grad_enabled(connected):  # whoever looks, and in whatever mode: z has its grad_fn
-            z._real = _Materialise.apply(z) if connected else data(z).detach()
+        values = data(z)
+        as_seen = _version(z) == z._version_seen
+        z._real = values.detach()
+        if connected:  # whoever looks, and in whatever mode: z has its history
+            with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                _link(z._real, z)
+        if as_seen:
+            z._version_seen = _version(z)
     return z._real
 
 
@@ -252,7 +272,7 @@ def unchanged(z: LazyTensor) -> bool:
     """Whether `pending` still describes z."""
     if z.pending is None:
         return False
-    return z._data is None or (z._version_seen >= 0 and z._data._version == z._version_seen)
+    return z._data is None or 0 <= z._version_seen == _version(z)
 
 
 def _become(z: LazyTensor, changed: Tensor) -> None:
@@ -260,34 +280,32 @@ def _become(z: LazyTensor, changed: Tensor) -> None:
     z.pending, z.raw, z._data, z._real = None, None, changed.detach(), changed
     with torch._C.DisableTorchFunctionSubclass():
         if torch.is_grad_enabled() and (z.requires_grad or changed.requires_grad):
-            z.detach_().copy_(changed)
+            _link(z.detach_(), changed)
 
 
 def _on_real(func: Callable, args: tuple, kwargs: dict) -> Any:
     """The function on real tensors; those it changed in place stay so."""
     seen: list[LazyTensor] = []
-
-    def look(z: LazyTensor) -> Tensor:
-        if z._data is None and _listeners:
+    args, kwargs = _all_real(args, seen), {name: _all_real(value, seen) for name, value in kwargs.items()}
+    if _listeners:
+        for z in seen:
             tell(z.source, f"made real by {getattr(func, '__name__', func)}")
-        out = real(z)
-        seen.append(z)
-        return out
-
-    def walk(a: Any) -> Any:
-        if type(a) is LazyTensor:
-            return look(a)
-        if type(a) in (tuple, list):
-            return type(a)(walk(item) for item in a)
-        return a
-
-    args, kwargs = walk(args), {name: walk(value) for name, value in kwargs.items()}
-    before = [-1 if z._data.is_inference() else z._data._version for z in seen]
+    before = [_version(z) for z in seen]
     result = func(*args, **kwargs)
     for z, version in zip(seen, before):
-        if version >= 0 and z._data._version != version:
+        if _version(z) != version:
             _become(z, z._real)
     return result
+
+
+def _all_real(a: Any, seen: list[LazyTensor]) -> Any:
+    """a with real tensors for lazy ones, which are added to seen."""
+    if type(a) is LazyTensor:
+        seen.append(a)
+        return real(a)
+    if type(a) in (tuple, list):
+        return type(a)([_all_real(item, seen) for item in a])
+    return a
 
 
 # ---- what is noted, not computed ----
@@ -358,7 +376,7 @@ def _sum(x: Any, other: Any) -> Any:
         return NotImplemented
     if _listeners:
         tell(x.source, "made real with its sum")
-        if type(other) is LazyTensor and other._data is None:
+        if type(other) is LazyTensor:
             tell(other.source, "made real by add")
     return ops.norm_act(x.pending, real(other))
 

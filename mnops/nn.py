@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from mnops import backends, ops, sync
+from mnops import backends, lazy, ops, sync
 from mnops.functional import refuse_single_value, update_running
 from mnops.ops import Pending
 from mnops.ops._contract import same_padding
@@ -227,7 +227,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.norm_act(self.chain(x))
+        return ops.norm_act(self.chain(lazy.pending_of(x)))
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}, same={self.same}, fused={self.fused}"

@@ -296,6 +296,17 @@ class FrozenNorms(nn.Sequential):
         return self
 
 
+class AdaptingNorms(nn.Sequential):
+    """Norms in training inside a model in eval, as test-time adaptation has."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.train()
+        return self
+
+
 def _norm(**options):
     model = _small()
     model[1] = nn.BatchNorm2d(8, **options)
@@ -326,6 +337,7 @@ SURPRISES = {
     "checkpoint": (lambda: Checkpointed(False), 4),
     "reentrant checkpoint": (lambda: Checkpointed(True), 4),
     "norm in eval": (lambda: FrozenNorms(_small()), 2),
+    "norm in training": (lambda: AdaptingNorms(_small()), 2),
     "FrozenBatchNorm2d": (lambda: _replaced(1, FrozenBatchNorm2d(8)), 1),
     "GroupNorm": (lambda: _replaced(1, nn.GroupNorm(2, 8)), 1),
     "no running statistics": (lambda: _norm(track_running_stats=False), 2),
