@@ -158,6 +158,35 @@ def test_compiled_training_step():
         torch.testing.assert_close((logits.detach(), gradient), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_tiles_are_measured_once_and_kept(tmp_path, monkeypatch):
+    from mnops.triton import launch, tune
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    measured, seconds = [], {"slow": 2.0, "fast": 1.0, "too large": float("inf")}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "_milliseconds", lambda call: seconds[call()])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tune._known.cache_clear()
+
+    def best(shape):
+        return tune.best("op", shape, OnGpu, list(seconds), lambda tile: measured.append(tile) or tile)
+
+    assert best((8, 8)) == "slow" and not measured  # the first guess, where the switch is off
+    monkeypatch.setenv(tune.SWITCH, "1")
+    with launch.recorded():
+        assert best((8, 8)) == "slow" and not measured
+    assert [best((8, 8)), best((8, 8))] == ["fast", "fast"]
+    assert measured == list(seconds)
+    tune._known.cache_clear()  # as in the next process
+    assert best((8, 8)) == "fast" and len(measured) == 3
+    best((9, 9))
+    assert len(measured) == 6
+    tune._known.cache_clear()
+
+
 def test_64_bit_offsets():
     """Sizes beyond 2^31 elements reach the kernels as they are: nothing on the host overflows or allocates by
     data.

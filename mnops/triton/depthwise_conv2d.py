@@ -521,5 +521,7 @@ def forward_tiles(channels: int, kernel: int) -> list[Tile]:
 def backward_tiles(channels: int, kernel: int) -> list[Tile]:
     """As forward_tiles. With both gradients a thread holds the taps and their gradients: 5x5 and 7x7 take less else."""
     block = _block_c(channels)
-    first = Tile(4, 2, block) if kernel < 5 else Tile(2, 2, block) if kernel < 7 else Tile(2, 1, block)
-    return list(dict.fromkeys([first, Tile(2, 2, block) if kernel < 7 else Tile(1, 1, block), Tile(4, 1, block)]))
+    if kernel >= 7:  # 254 registers; strips of 4, or two channels, spill
+        return [Tile(2, 1, block), Tile(1, 1, block)]
+    first = Tile(4, 2, block) if kernel < 5 else Tile(2, 2, block)  # 5x5: 237 registers, strips of 4 spill
+    return list(dict.fromkeys([first, Tile(2, 2, block), Tile(4, 1, block)]))
