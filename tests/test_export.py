@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from fused_models import NETWORKS
 from small import images, network, randomise
 from torch import nn
 
@@ -44,6 +45,17 @@ def test_export_is_stock(options, strict):
     assert_stock(names)
     assert {"aten.conv2d.default", "aten.batch_norm.default"} <= names
     assert set(program.state_dict) == set(model.state_dict())
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["v2", "attributes", "shuffle"])
+def test_fused_models_export_as_stock(name):
+    model, x = NETWORKS[name]().eval(), images()
+    model(x)  # LazyLinear
+    expected = torch.export.export(randomise(model), (x,))
+    program = torch.export.export(mnops.fuse(model), (x,))
+    assert called(program) == called(expected)
+    assert_stock({name for name in called(program) if "getitem" not in name})
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
