@@ -12,7 +12,7 @@ import torch
 
 from . import guard, harness, kernels, machine, shapes, startup
 from .harness import Options
-from .network_case import NetworkCase
+from .network_case import NetworkCase, TorchvisionCase
 from .peers import PEERS, Case
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,6 +30,8 @@ TABLES = {
         "--peers mnops",
         "training": "net --pass train",
         "inference": "net --pass infer",
+        "torchvision": "net --networks --torchvision mobilenet_v2 mobilenet_v3_large efficientnet_b0 --pass train "
+        "--peers mnops torch-nchw torch-channels_last torch-compile",
         "scaling": "net --networks 1.0-224 --pass train infer --batch 1 16 --threads 1 2 --budget 4 "
         "--peers mnops torch-channels_last onnxruntime openvino",
         "startup": "startup --peers mnops torch-channels_last torch-compile onnxruntime openvino",
@@ -87,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
                 "--form", nargs="+", default=["chained", "standalone"], choices=["chained", "standalone"]
             )
         if name == "net":
-            p.add_argument("--networks", nargs="+", default=[n.name for n in shapes.networks()])
+            p.add_argument("--networks", nargs="*", default=[n.name for n in shapes.networks()])
+            p.add_argument("--torchvision", nargs="*", default=[], metavar="MODEL", help="its networks, fused")
         if name in ("ops", "net"):
             passes = ["train", "infer"] + ["forward", "backward"] * (name == "ops")
             p.add_argument("--pass", dest="phase", nargs="+", default=["train", "infer"], choices=passes)
@@ -167,9 +170,11 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         if unknown:
             raise SystemExit(f"bench: --networks must be of {', '.join(networks)}, got {', '.join(unknown)}")
         chosen = [networks[n] for n in (["0.25-224"] if args.quick else args.networks)]
+        zoo = [shapes.Network(name, 1.0, 224, 16, (1, 16)) for name in args.torchvision]
+        kinds = [(NetworkCase, n) for n in chosen] + [(TorchvisionCase, n) for n in zoo]
         return [
-            NetworkCase(n, phase, batch, dtype)
-            for n in chosen
+            kind(n, phase, batch, dtype)
+            for kind, n in kinds
             for dtype in dtypes
             for phase in args.phase
             for batch in args.batch or ([n.train_batch] if phase == "train" else n.infer_batches)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -126,3 +128,20 @@ def seconds(call, device: str, rounds: int = 7) -> float:
         synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
+
+
+KEPT: list[torch.library.Library] = []
+
+
+def import_torchvision() -> None:
+    """torchvision's compiled part, which timm does not need, fits only one build of torch. Its Python part needs no more
+    than that two of the operators are declared."""
+    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            for op in ("nms", "qnms"):
+                with contextlib.suppress(RuntimeError):
+                    library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            KEPT.append(library)  # one that is collected takes its operators along

@@ -1,4 +1,4 @@
-"""A whole MobileNet as a benchmark.
+"""A whole network as a benchmark: MobileNet, or one of torchvision's.
 
 pass   train   forward, cross-entropy, backward, SGD update
        infer   forward in eval mode
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import machine, stock
 from .layer_case import LayerCase
@@ -129,11 +130,61 @@ class NetworkCase:
         return _truth(self, act)
 
 
+@dataclass(frozen=True)
+class TorchvisionCase(NetworkCase):
+    """torchvision's network of that name. What it draws at random is left out, so that all agree."""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return {**super().columns, "op": self.network.name, "shape": f"3x{self.network.size}x{self.network.size}"}
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return self._empty().state_dict()
+
+    def _empty(self) -> nn.Module:
+        machine.import_torchvision()
+        import torchvision
+
+        module = torchvision.models.get_model(self.network.name)
+        for child in module.modules():
+            if hasattr(child, "p"):  # dropout, stochastic depth
+                child.p = 0.0
+        return module
+
+    def module(self, act: str = "relu") -> nn.Module:
+        module = self._empty()
+        module.load_state_dict(self.weights)
+        return module.train(self.phase != "infer")
+
+    @cached_property
+    def work(self) -> tuple[int, int]:
+        """Elements that go into and come out of all convolutions, and FLOPs, of one forward."""
+        moved = []
+        module = self.module().eval()
+        for child in module.modules():
+            if isinstance(child, nn.Conv2d):
+                child.register_forward_hook(lambda m, args, out: moved.append(args[0].numel() + out.numel()))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.empty(1, 3, self.network.size, self.network.size))
+        return self.batch * sum(moved), self.batch * counter.get_total_flops()
+
+    @property
+    def bytes(self) -> int:
+        """Every convolution reads its input and writes its output; backward g, y, x and dx: the chained form."""
+        return self.work[0] * self.dtype.itemsize * (3 if self.phase == "train" else 1)
+
+    @property
+    def flops(self) -> int:
+        return self.work[1] * (3 if self.phase == "train" else 1)
+
+
 @lru_cache(2)
 def _truth(case: NetworkCase, act: str) -> list[Tensor]:
     device = machine.fastest()
     module = case.module(act).to(device).double()
-    exact = NetworkCase(case.network, case.phase, case.batch, torch.float64)
+    exact = replace(case, dtype=torch.float64)
     x, labels = case.buffers("NCHW", device)[0]
     return [
         t.detach() for t in exact.step(module, list(module.parameters()), [(x.double(), labels)]).outputs()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import io
 import warnings
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import machine
 from .layer_case import EPS, LayerCase
-from .network_case import NetworkCase
+from .network_case import NetworkCase, TorchvisionCase
 from .step import FORMATS, Step
 
 Case = LayerCase | NetworkCase
@@ -67,28 +67,11 @@ def missing(package: str) -> str | None:
     """None if `package` imports, else why not."""
     try:
         if package == "timm":
-            _torchvision_without_its_library()
+            machine.import_torchvision()
         importlib.import_module(package)
     except Exception as e:  # a broken package raises anything
         return f"needs the package {package} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     return None
-
-
-KEPT: list[torch.library.Library] = []
-
-
-def _torchvision_without_its_library() -> None:
-    """timm imports torchvision, whose compiled part fits only one build of torch. Its Python part needs no
-    more than that two of the operators are declared."""
-    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for op in ("nms", "qnms"):
-                with contextlib.suppress(RuntimeError):
-                    library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            KEPT.append(library)  # one that is collected takes its operators along
 
 
 # PyTorch
@@ -170,7 +153,7 @@ class Timm(Peer):
     """timm's own network. It has ReLU6, which costs what ReLU does; its truth has it too."""
 
     def why_not(self, case: Case, device: str) -> str | None:
-        if case.suite != "net" or case.network.width != 1.0:
+        if type(case) is not NetworkCase or case.network.width != 1.0:
             return "has the whole network at width 1.0 only"
         return super().why_not(case, device)
 
@@ -197,8 +180,8 @@ class Mnops(Peer):
     options: tuple[tuple[str, Any], ...] = ()
 
     def why_not(self, case: Case, device: str) -> str | None:
-        if self.options and case.suite != "net":
-            return "is an option of the whole network"
+        if self.options and type(case) is not NetworkCase:
+            return "is an option of mnops.MobileNet"
         if case.suite == "ops" and case.layer.op == "stem" and case.form == "standalone":
             return "has the stem in the chained form only"
         return super().why_not(case, device) or self._unserved(case, device)
@@ -258,7 +241,9 @@ class Mnops(Peer):
             return case.chained_step(
                 _link(case), case.module()[0].weight.to(device).requires_grad_(), buffers
             )
-        if case.suite == "net":
+        if isinstance(case, TorchvisionCase):
+            module = mnops.fuse(case.module())
+        elif case.suite == "net":
             module = mnops.MobileNet(width_mult=case.network.width, **dict(self.options))
             module.load_state_dict(case.weights)
         else:
