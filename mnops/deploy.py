@@ -37,7 +37,7 @@ def deploy(model: nn.Module) -> nn.Module:
     Returns:
         The copy: in eval mode, to stay there (train() raises RuntimeError), its parameters without gradients.
         A warning names the BatchNorms that were left: behind something else than a convolution, with hooks,
-        without running statistics, or of another class.
+        without running statistics, kept in training mode, or of another class.
 
     Raises:
         TypeError: model is no module.
@@ -150,6 +150,7 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
     return (
         type(conv) in CONVOLUTIONS
+        and not norm.training  # a model's own train() may keep it so
         and norm.running_mean is not None
         and norm.running_var is not None
         and not has_hooks(conv)

@@ -89,6 +89,7 @@ LEFT = {  # norms that cannot be folded
     "with its norm and bare": 1,
     "convolution's output changed": 1,
     "no running statistics": 1,
+    "norm in training": 2,
     "weight_norm": 1,
     "old weight_norm": 1,
     "LoRA": 1,
