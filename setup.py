@@ -40,12 +40,16 @@ def commit() -> str:
 class CMakeBuild(build_ext):
     """One Extension stands for all native targets: CMake installs them beside mnops._C."""
 
+    def run(self) -> None:
+        self.asked_in_place = bool(self.inplace)  # setuptools clears it while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
         torch_dir, torch_version = torch_package()
         # An editable install copies back only what it knows of (the Extension), so it gets the package folder itself.
-        in_place = self.inplace or getattr(self, "editable_mode", False)
+        in_place = self.asked_in_place or getattr(self, "editable_mode", False)
         built = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         built.parent.mkdir(parents=True, exist_ok=True)
         target = ROOT / "mnops" if in_place else built.parent
