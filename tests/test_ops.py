@@ -521,3 +521,11 @@ def test_separable_of_an_empty_batch(device):
     with torch.no_grad():
         y = ops.separable_conv2d(x, taps, (*norms[4:], 1e-5, "relu"), weight, padding=1)
     assert y.shape == (0, 4, 5, 5)
+
+
+def test_freed_memory_is_an_error():
+    for freed in (0, 1):
+        tensors = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+        tensors[freed].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="was freed"), mnops.backend("cpu"):
+            ops.depthwise_conv2d(*tensors)

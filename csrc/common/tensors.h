@@ -31,6 +31,7 @@ inline bool is_channels_last(const Tensor& t) {  // dense NHWC; the stride of a 
   return true;
 }
 inline Tensor channels_last(const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 0 || t.const_data_ptr(), "mnops: a tensor's memory was freed (sharded or resized to 0?)");
   return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
 // The layout rule of every op: contiguous NCHW in, contiguous NCHW out; everything else is channels_last.

@@ -35,6 +35,7 @@ template <class T> struct Array {
     tensor = t->scalar_type() == scalar_type_of<T>() ? *t : torch::stable::to(*t, scalar_type_of<T>());
     if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
     data = static_cast<const T*>(tensor->const_data_ptr());
+    STD_TORCH_CHECK(data || !count, "mnops: the memory of ", name, " was freed (sharded or resized to 0?)");
   }
 };
 

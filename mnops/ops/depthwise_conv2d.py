@@ -56,7 +56,9 @@ def depthwise_conv2d(
     return r.run(NAME, args)
 
 
-def check(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure, name=NAME) -> tuple[int, ...]:
+def check(
+    x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure, name=NAME
+) -> tuple[int, ...]:
     """The contract; returns the shape of y."""
     c.check_pending(name, x, mean, var, gamma, beta, eps, act)
     n, channels, _, _ = x.shape
