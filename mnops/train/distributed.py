@@ -41,6 +41,8 @@ def world(device: str | None) -> Iterator[World]:
         dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size, target)
+        if outermost:
+            dist.barrier()  # a rank that is done early must not close its connections under the others
     finally:
         if outermost:
             dist.destroy_process_group()
