@@ -158,6 +158,7 @@ class Timm(Peer):
         return super().why_not(case, device)
 
     def build(self, case: Case, device: str) -> Step:
+        machine.import_torchvision()  # which timm imports
         from timm import create_model
 
         module = create_model("mobilenetv1_100")
