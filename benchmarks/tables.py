@@ -54,7 +54,8 @@ def headlines(table: list[Row]) -> str:
             if mine and other:
                 case = work(mine).replace(f" {phase}", "")
                 both = [ms(mine["p50_ms"]), ms(other["p50_ms"]), other["contender"], ratio(other)]
-                body.append([f"{what}, MobileNet-{case}", *both, floors(mine)])
+                prefix = "MobileNet-" if mine["op"] == "mobilenet_v1" else "fused "
+                body.append([f"{what}, {prefix}{case}", *both, floors(mine)])
     for op in ("depthwise", "pointwise"):
         for form in ("chained", "standalone"):
             pairs = [(g.mine, g.best(stock)) for g in network_layers(table, op, form)]
