@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 
 import torch
@@ -36,8 +37,15 @@ def load() -> None:
             f"mnops was built for {built['platform']} against torch {built['torch']}, you have torch "
             f"{torch.__version__}, and {library.name} does not load: {error}"
         ) from error
-    if cuda_missing() is None:
+    if cuda_emulation():
+        torch.ops.load_library(cuda_emulation())
+    elif cuda_missing() is None:
         torch.ops.load_library(str(HERE / "libmnops_cuda.so"))
+
+
+def cuda_emulation() -> str | None:
+    """For tests: the library with the CUDA kernels compiled for the CPU (csrc/cuda/emulation), if one is named."""
+    return os.environ.get("MNOPS_CUDA_EMULATION") or None
 
 
 @functools.cache

@@ -29,6 +29,9 @@ class Backend(NamedTuple):
 # Triton runs its kernels on the CPU, as NumPy, where this is set before it is imported: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Here the CUDA kernels run on the CPU, compiled as plain C++: for tests.
+EMULATED = _native.cuda_emulation() is not None
+
 # In order of preference: by default the first that serves the op on the tensor's device is taken.
 BACKENDS = {
     b.name: b
@@ -36,7 +39,9 @@ BACKENDS = {
         Backend("cpu", "mnops", ("cpu",), None),
         Backend("reference", "mnops_reference", (), "mnops.reference"),
         # After the reference until a GPU has run their tests: forced, not chosen.
-        Backend("cuda", "mnops", ("cuda",), None, _native.cuda_missing),
+        Backend("cuda", "mnops_cuda_emulated", ("cpu",), None)
+        if EMULATED
+        else Backend("cuda", "mnops", ("cuda",), None, _native.cuda_missing),
         Backend(
             "triton", "mnops_triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), "mnops.triton",
             traced=not INTERPRETED,

@@ -13,24 +13,6 @@ namespace {
 constexpr int threads_per_block = 256;
 constexpr int rows_per_thread = 8;  // pixels one thread walks: enough loads in flight, and few partial sums
 
-template <class T> struct NormPointers {
-  const T *mean, *var, *gamma, *beta;  // each may be null
-  double eps;
-  Act act;
-};
-
-template <class T, int VEC> struct NormRegisters {
-  T mean[VEC], scale[VEC], shift[VEC];
-  __device__ __forceinline__ void load(const NormPointers<T>& p, int64_t c) {
-#pragma unroll
-    for (int i = 0; i < VEC; i++) {
-      mean[i] = p.mean ? p.mean[c + i] : T(0);
-      scale[i] = T((p.gamma ? double(p.gamma[c + i]) : 1.0) / (p.var ? sqrt(double(p.var[c + i]) + p.eps) : 1.0));
-      shift[i] = p.beta ? p.beta[c + i] : T(0);
-    }
-  }
-};
-
 // Grid: x over blocks of channels, y over chunks of pixels; in a block x over channels, y over pixels.
 struct Cut {
   dim3 grid, block;
@@ -44,7 +26,7 @@ Cut cut(int64_t rows, int64_t c, int vec) {
   Cut k;
   k.block = dim3(x, threads_per_block / x);
   k.chunk = int64_t(k.block.y) * rows_per_thread;
-  while ((rows + k.chunk - 1) / k.chunk > 65535) k.chunk *= 2;  // the limit of grid.y
+  while ((rows + k.chunk - 1) / k.chunk > most_grid_y) k.chunk *= 2;  // the limit of grid.y
   k.grid = dim3(unsigned((columns + x - 1) / x), unsigned((rows + k.chunk - 1) / k.chunk));
   return k;
 }
@@ -158,35 +140,10 @@ norm_act_pool(const S* __restrict__ x, S* __restrict__ z, int64_t hw, int64_t c,
     }
 }
 
-template <class T> constexpr ScalarType scalar_type_of() { return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float; }
-
-template <class T> struct NormTensors {
-  std::vector<Tensor> keep;
-  NormPointers<T> pointers;
-  NormTensors(const PendingTensors& p, int64_t c) {
-    auto one = [&](const MaybeTensor& t, const char* name) -> const T* {
-      if (!t) return nullptr;
-      STD_TORCH_CHECK(t->numel() == c && t->is_cuda(), "mnops: ", name, " must have ", c, " elements on x's device");
-      keep.push_back(torch::stable::contiguous(t->scalar_type() == scalar_type_of<T>() ? *t : torch::stable::to(*t, scalar_type_of<T>())));
-      return static_cast<const T*>(keep.back().const_data_ptr());
-    };
-    pointers = {one(p.mean, "mean"), one(p.var, "var"), one(p.gamma, "gamma"), one(p.beta, "beta"), p.eps, parse_act(p.act)};
-  }
-};
-
-// 16-byte vectors where channels and pointers allow, single channels otherwise.
-template <class S, class F> void with_vector(int64_t c, std::initializer_list<const void*> pointers, F f) {
-  constexpr int wide = 16 / sizeof(S);
-  bool aligned = c % wide == 0;
-  for (const void* p : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  if (aligned) f(std::integral_constant<int, wide>{});
-  else f(std::integral_constant<int, 1>{});
-}
-
 Tensor run(bool pool, const Tensor& x, const PendingTensors& args, const MaybeTensor& residual) {
   STD_TORCH_CHECK(x.dim() == 4, "norm_act: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   if (residual) check_residual(*residual, x);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const OnDeviceOf guard(x);
   const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3);
   STD_TORCH_CHECK(!pool || hw > 0, "norm_act_pool: the average of an empty map is not defined");
   const Tensor xl = channels_last(x);
@@ -197,7 +154,7 @@ Tensor run(bool pool, const Tensor& x, const PendingTensors& args, const MaybeTe
   with_storage(x, [&](auto storage) {
     using S = decltype(storage);
     using T = typename Accumulator<S>::type;
-    const NormTensors<T> norm(args, c);
+    const NormTensors<T> norm(x, args, c);
     const S* in = static_cast<const S*>(xl.const_data_ptr());
     const S* added = residual ? static_cast<const S*>(rl.const_data_ptr()) : nullptr;
     S* out = static_cast<S*>(z.mutable_data_ptr());
@@ -205,14 +162,12 @@ Tensor run(bool pool, const Tensor& x, const PendingTensors& args, const MaybeTe
       constexpr int VEC = decltype(vec)::value;
       Cut k = cut(n * hw, c, VEC);
       if (pool) {
-        for (int64_t first = 0; first < n; first += 65535) {  // the limit of grid.y
-          k.grid.y = unsigned(n - first < 65535 ? n - first : 65535);
-          norm_act_pool<S, T, VEC><<<k.grid, k.block, 0, stream>>>(in + first * hw * c, out + first * c, hw, c, norm.pointers);
-          STD_CUDA_KERNEL_LAUNCH_CHECK();
+        for (int64_t first = 0; first < n; first += most_grid_y) {  // the limit of grid.y
+          k.grid.y = unsigned(n - first < most_grid_y ? n - first : most_grid_y);
+          launch(norm_act_pool<S, T, VEC>, k.grid, k.block, 0, stream, in + first * hw * c, out + first * c, hw, c, norm.pointers);
         }
       } else {
-        norm_act_forward<S, T, VEC><<<k.grid, k.block, 0, stream>>>(in, added, out, n * hw, c, k.chunk, norm.pointers);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(norm_act_forward<S, T, VEC>, k.grid, k.block, 0, stream, in, added, out, n * hw, c, k.chunk, norm.pointers);
       }
     });
   });
@@ -232,9 +187,9 @@ Tensor forward_pool(const Tensor& x, const MaybeTensor& mean, const MaybeTensor&
 template <bool pool>
 NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var,
                         const MaybeTensor& gamma, const MaybeTensor& beta, double eps, std::string act) {
-  STD_TORCH_CHECK(x.dim() == 4 && g.scalar_type() == x.scalar_type() && g.is_cuda(),
+  STD_TORCH_CHECK(x.dim() == 4 && g.scalar_type() == x.scalar_type() && same_device(g, x),
                   "norm_act_backward: g must be as the output, in x's dtype and on its device");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const OnDeviceOf guard(x);
   const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3), rows = n * hw;
   STD_TORCH_CHECK(g.numel() == (pool ? n * c : rows * c), "norm_act_backward: g must have the shape of the output");
   const Tensor xl = channels_last(x), gl = pool ? torch::stable::contiguous(g) : channels_last(g);
@@ -244,10 +199,8 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
     using S = decltype(storage);
     using T = typename Accumulator<S>::type;
     const PendingTensors args{mean, var, gamma, beta, eps, act};
-    const NormTensors<T> norm(args, c);
-    auto gradient = [&](const MaybeTensor& t) { return empty_like_type(x, {t ? c : 0}, scalar_type_of<T>()); };
-    const Tensor dmean = gradient(mean), dvar = gradient(var), dgamma = gradient(gamma), dbeta = gradient(beta);
-    auto pointer = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
+    const NormTensors<T> norm(x, args, c);
+    const NormGradTensors<T> grads(x, args, c);
     const S* in = static_cast<const S*>(xl.const_data_ptr());
     const S* gi = static_cast<const S*>(gl.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
@@ -258,16 +211,14 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
       const Tensor partial = empty_like_type(x, {chunks, 2, c}, scalar_type_of<T>());
       T* sums = static_cast<T*>(partial.mutable_data_ptr());
       if (rows && c) {
-        norm_act_backward<S, T, VEC><<<k.grid, k.block, 0, stream>>>(gi, in, out, sums, rows, c, k.chunk, pool ? hw : 0, norm.pointers);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(norm_act_backward<S, T, VEC>, k.grid, k.block, 0, stream, gi, in, out, sums, rows, c, k.chunk, pool ? hw : 0, norm.pointers);
       }
       if (c) {
-        finish_sums<T><<<unsigned((c + 127) / 128), 128, 0, stream>>>(sums, chunks, c, norm.pointers, pointer(dmean), pointer(dvar),
-                                                                     pointer(dgamma), pointer(dbeta));
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(finish_sums<T>, unsigned((c + 127) / 128), 128, 0, stream, sums, chunks, c, norm.pointers, data_or_null<T>(grads.mean), data_or_null<T>(grads.var),
+                                                                     data_or_null<T>(grads.gamma), data_or_null<T>(grads.beta));
       }
     });
-    return {in_layout_of(x, dx), dmean, dvar, dgamma, dbeta};
+    return {in_layout_of(x, dx), grads.mean, grads.var, grads.gamma, grads.beta};
   });
 }
 

@@ -1,0 +1,149 @@
+// What every kernel shares: storage types, vectors of channels, asynchronous copies, activations, the pending norm.
+// Compiled by nvcc, or by a C++ compiler over emulation/cuda.h where MNOPS_EMULATE_CUDA is defined.
+#pragma once
+#ifdef MNOPS_EMULATE_CUDA
+#include "cuda/emulation/cuda.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/params.h"
+
+namespace mnops::cuda {
+
+// ---- storage S and arithmetic T ----
+
+template <class S> struct Accumulator { using type = float; };
+template <> struct Accumulator<double> { using type = double; };
+
+template <class T> __device__ __forceinline__ T widen(float v) { return T(v); }
+template <class T> __device__ __forceinline__ T widen(double v) { return T(v); }
+template <class T> __device__ __forceinline__ T widen(__half v) { return __half2float(v); }
+template <class T> __device__ __forceinline__ T widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ void narrow(float v, float& to) { to = v; }
+__device__ __forceinline__ void narrow(double v, double& to) { to = v; }
+__device__ __forceinline__ void narrow(float v, __half& to) { to = __float2half_rn(v); }
+__device__ __forceinline__ void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
+
+// VEC channels of one pixel, moved in one access.
+template <class S, int VEC> struct alignas(sizeof(S) * VEC) Pack {
+  S v[VEC];
+};
+template <class S, int VEC> __device__ __forceinline__ Pack<S, VEC> load_pack(const S* from) {
+  return *reinterpret_cast<const Pack<S, VEC>*>(from);
+}
+template <class S, int VEC> __device__ __forceinline__ void store_pack(S* to, const Pack<S, VEC>& pack) {
+  *reinterpret_cast<Pack<S, VEC>*>(to) = pack;
+}
+template <class S, int VEC> __device__ __forceinline__ Pack<S, VEC> zero_pack() {  // bits 0 are 0 in every S
+  return Pack<S, VEC>{};
+}
+
+// ---- shared memory and copies into it ----
+
+// The dynamic shared memory of the block, 16-byte aligned; the launch says how much.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef MNOPS_EMULATE_CUDA
+  return reinterpret_cast<unsigned char*>(emulation::machine.shared.data());
+#else
+  extern __shared__ __align__(16) unsigned char mnops_dynamic_shared[];
+  return mnops_dynamic_shared;
+#endif
+}
+
+// SIZE bytes (4, 8 or 16) from global to shared memory, or zeros where `there` is false: then `from` is not read, but must
+// be a valid address. In flight until wait_copies; visible to other threads after a barrier that follows it.
+template <int SIZE> __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+  static_assert(SIZE == 4 || SIZE == 8 || SIZE == 16, "what cp.async moves");
+#ifdef MNOPS_EMULATE_CUDA
+  emulation::copy_async(to, from, there ? SIZE : 0, SIZE);
+#else
+  const unsigned at = unsigned(__cvta_generic_to_shared(to));
+  const int bytes = there ? SIZE : 0;
+  if constexpr (SIZE == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(SIZE), "r"(bytes) : "memory");
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#ifdef MNOPS_EMULATE_CUDA
+  emulation::copy_async_commit();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int NEWEST> __device__ __forceinline__ void wait_copies() {  // all but the newest groups of this thread are there
+#ifdef MNOPS_EMULATE_CUDA
+  emulation::copy_async_wait(NEWEST);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
+#endif
+}
+
+// ---- activations ----
+
+template <class T> __device__ __forceinline__ T activate(Act act, T p) {
+  const T low = p < T(0) ? T(0) : p;  // NaN passes, as in torch
+  switch (act) {
+    case Act::relu: return low;
+    case Act::relu6: return low > T(6) ? T(6) : low;
+    case Act::hardswish: {
+      const T s = p + T(3);
+      return p * (s < T(0) ? T(0) : s > T(6) ? T(6) : s) / T(6);
+    }
+    case Act::silu: return p / (T(1) + exp(-p));
+    default: return p;
+  }
+}
+
+template <class T> __device__ __forceinline__ T activate_grad(Act act, T g, T p) {  // torch's choice at the kinks
+  switch (act) {
+    case Act::relu: return p > T(0) ? g : T(0);
+    case Act::relu6: return p > T(0) && p < T(6) ? g : T(0);
+    case Act::hardswish: return p < T(-3) ? T(0) : p > T(3) ? g : g * (p / T(3) + T(0.5));
+    case Act::silu: {
+      const T s = T(1) / (T(1) + exp(-p));
+      return g * s * (T(1) + p * (T(1) - s));
+    }
+    default: return g;
+  }
+}
+
+// ---- the pending norm ----
+
+template <class T> struct NormPointers {
+  const T *mean, *var, *gamma, *beta;  // each may be null
+  double eps;
+  Act act;
+};
+
+template <class T> __device__ __forceinline__ T norm_scale(const NormPointers<T>& p, int64_t c) {
+  return T((p.gamma ? double(p.gamma[c]) : 1.0) / (p.var ? sqrt(double(p.var[c]) + p.eps) : 1.0));
+}
+
+template <class T, int VEC> struct NormRegisters {
+  T mean[VEC], scale[VEC], shift[VEC];
+  __device__ __forceinline__ void load(const NormPointers<T>& p, int64_t c) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      mean[i] = p.mean ? p.mean[c + i] : T(0);
+      scale[i] = norm_scale(p, c + i);
+      shift[i] = p.beta ? p.beta[c + i] : T(0);
+    }
+  }
+  __device__ __forceinline__ T pre(T x, int i) const { return (x - mean[i]) * scale[i] + shift[i]; }
+};
+
+// The gradient that reaches a raw output y whose statistics were used: gy = g + offset + slope * (y - mean),
+// offset = g_mean / P, slope = 2 g_var / P.
+template <class T> struct IncomingPointers {
+  const T *g_mean, *g_var, *mean;  // null where the statistic was not used
+  double count;                    // P: values a channel
+};
+
+}  // namespace mnops::cuda
