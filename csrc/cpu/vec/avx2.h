@@ -5,7 +5,7 @@
 #include <math.h>
 
 #include "common/params.h"
-#include "cpu/vec/transpose_8x8.h"
+#include "cpu/vec/eight_floats.h"
 
 namespace mnops {
 namespace {
@@ -19,26 +19,12 @@ struct F32x8 {
   static F32x8 set1(float a) { return {_mm256_set1_ps(a)}; }
 
   static F32x8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  static F32x8 load(const bf16* p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
-  }
-  static F32x8 load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static F32x8 load(const bf16* p) { return {load_8(p)}; }
+  static F32x8 load(const f16* p) { return {load_8(p)}; }
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  void store(bf16* p) const {  // round to nearest even; NaN stays NaN
-    __m256i u = _mm256_castps_si256(v);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    __m256i nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
-    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    __m256i r = _mm256_blendv_epi8(rounded, nan, is_nan);
-    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-  }
-  void store(f16* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
+  void store(bf16* p) const { store_8(v, p); }
+  void store(f16* p) const { store_8(v, p); }
 
   template <class S> static F32x8 load(const S* p, int n) {
     S tmp[N] = {};
@@ -51,10 +37,7 @@ struct F32x8 {
     for (int i = 0; i < N && i < n; i++) p[i] = tmp[i];
   }
   void stream(float* p) const { _mm256_stream_ps(p, v); }
-  void add_to(double* p) const {
-    _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), _mm256_cvtps_pd(_mm256_castps256_ps128(v))));
-    _mm256_storeu_pd(p + 4, _mm256_add_pd(_mm256_loadu_pd(p + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
-  }
+  void add_to(double* p) const { add_8(p, v); }
 
   friend F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }

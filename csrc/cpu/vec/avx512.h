@@ -13,7 +13,7 @@
 #include <math.h>
 
 #include "common/params.h"
-#include "cpu/vec/transpose_8x8.h"
+#include "cpu/vec/eight_floats.h"
 
 namespace mnops {
 namespace {
@@ -31,36 +31,12 @@ struct F32x16 {
   static F32x16 set1(float a) { return {_mm512_set1_ps(a)}; }
 
   static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static F32x16 load(const bf16* p) {
-    auto half = [](const bf16* q) {
-      __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-      return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-    };
-    return {join(half(p), half(p + 8))};
-  }
-  static F32x16 load(const f16* p) {
-    auto half = [](const f16* q) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))); };
-    return {join(half(p), half(p + 8))};
-  }
+  static F32x16 load(const bf16* p) { return {join(load_8(p), load_8(p + 8))}; }
+  static F32x16 load(const f16* p) { return {join(load_8(p), load_8(p + 8))}; }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void store(bf16* p) const {  // round to nearest even; NaN stays NaN
-    auto half = [](__m256 v, bf16* q) {
-      __m256i u = _mm256_castps_si256(v);
-      __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-      __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-      __m256i nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
-      __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-      __m256i r = _mm256_blendv_epi8(rounded, nan, is_nan);
-      __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_castsi256_si128(packed));
-    };
-    half(low(), p), half(high(), p + 8);
-  }
-  void store(f16* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(low(), _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(high(), _MM_FROUND_TO_NEAREST_INT));
-  }
+  void store(bf16* p) const { store_8(low(), p), store_8(high(), p + 8); }
+  void store(f16* p) const { store_8(low(), p), store_8(high(), p + 8); }
 
   template <class S> static F32x16 load(const S* p, int n) {
     S tmp[N] = {};
@@ -76,13 +52,7 @@ struct F32x16 {
     _mm256_stream_ps(p, low());
     _mm256_stream_ps(p + 8, high());
   }
-  void add_to(double* p) const {
-    const __m256 halves[] = {low(), high()};
-    for (int i = 0; i < 2; i++, p += 8) {
-      _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), _mm256_cvtps_pd(_mm256_castps256_ps128(halves[i]))));
-      _mm256_storeu_pd(p + 4, _mm256_add_pd(_mm256_loadu_pd(p + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(halves[i], 1))));
-    }
-  }
+  void add_to(double* p) const { add_8(p, low()), add_8(p + 8, high()); }
 
   friend F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
