@@ -70,12 +70,18 @@ def draw(case, dtype, device):
     ]
 
 
+def tensor_cores(device):
+    """Namespaces of the backends that multiply on them on this device, or emulate that."""
+    return "mnops_triton", "mnops_cuda_emulated", *(["mnops"] if device == "cuda" else [])
+
+
 def assert_near_reference(case, draws):
     run = functools.partial(conv_and_gradients, case, case.conv)
     exact = functools.partial(conv_and_gradients, case, functools.partial(stock_conv, case))
     # Tensor cores take a weight in x's dtype, as stock PyTorch's convolution does under autocast.
     op = f"{case.op}_conv2d"
-    rounded = op != "depthwise_conv2d" and backends.choose(op, draws[0][0].device.type) == "mnops_triton"
+    device = draws[0][0].device.type
+    rounded = op != "depthwise_conv2d" and backends.choose(op, device) in tensor_cores(device)
 
     def other(x, weight, *rest):
         return by_reference(run)(x, weight.to(x.dtype) if rounded else weight, *rest)
