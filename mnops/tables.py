@@ -10,6 +10,8 @@ import argparse
 import csv
 import functools
 import io
+import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mnops.models import VARIANTS, MobileNet
 from mnops.nn import DepthwiseSeparable
 
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
-SIZES = (224, 192, 160, 128)
-
 # ---- counting ----
 
 
@@ -38,6 +37,17 @@ class LayerCount(NamedTuple):
     weight: tuple[int, ...]
     input: tuple[int, ...]  # (C, H, W), or (C,)
     mult_adds: int
+
+    @property
+    def printed(self) -> tuple[str, str, str]:
+        """Type and stride, filter and input, as table 1 has them."""
+        out, into = self.weight[:2]
+        kind, shape = {
+            "depthwise": ("Conv dw", f"3x3x{out} dw"),
+            "fully connected": ("FC", f"{into}x{out}"),
+        }.get(self.kind, ("Conv", f"{self.kind}x{into}x{out}"))
+        side = "x".join(map(str, self.input[1:] or (1, 1)))
+        return f"{kind} / s{self.stride}", shape, f"{side}x{self.input[0]}"
 
 
 class Count(NamedTuple):
@@ -107,8 +117,19 @@ def mobilenet(
     return count(lambda: MobileNet(**options), 3, size, size)
 
 
+def layer(side: int, channels: int, full: bool = False) -> Count:
+    """The count of a separable layer, or of a full 3x3 convolution, on side x side."""
+
+    def build() -> nn.Module:
+        if full:
+            return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        return DepthwiseSeparable(channels, channels)
+
+    return count(build, channels, side, side)
+
+
 @functools.lru_cache
-def peer(name: str, size: int, classes: int = 1000) -> Count | None:
+def peer(name: str, size: int = 224, classes: int = 1000) -> Count | None:
     """The count of a network of torchvision; None where torchvision does not import."""
     try:
         from torchvision import models
@@ -170,12 +191,40 @@ class Table(NamedTuple):
     lines: tuple[Line, ...]
 
 
+# What the paper prints. A row: label; printed cells; the network to count, as counter and arguments, or ""
+# where there is none; a remark, in which {NETWORK} stands for the mult-adds of that network.
+TABLES = json.loads(Path(__file__).with_name("tables.json").read_text())
+COUNTERS = {"mobilenet": mobilenet, "layer": layer, "torchvision": peer, "detector": detector}
+INSTALL = "pip install torchvision, the one made for this torch"
+
+# What a column counts of a network, or of its layers of a row's name or kind.
+COLUMNS: dict[str, Callable[[Count, Count], int | str]] = {
+    "mult-adds": lambda whole, part: whole.mult_adds,
+    "weights": lambda whole, part: whole.weights,
+    "parameters with biases and norms": lambda whole, part: whole.parameters,
+    "million mult-adds": lambda whole, part: whole.mult_adds,
+    "billion mult-adds": lambda whole, part: whole.mult_adds,
+    "million parameters": lambda whole, part: whole.weights,
+    "% mult-adds": lambda whole, part: f"{100 * part.mult_adds / whole.mult_adds:.3f}",
+    "% parameters": lambda whole, part: f"{100 * part.weights / whole.weights:.3f}",
+    "type / stride": lambda whole, part: part.layers[0].printed[0],
+    "filter": lambda whole, part: part.layers[0].printed[1],
+    "input": lambda whole, part: part.layers[0].printed[2],
+}
+
+
 def agrees(printed: str, value: float) -> bool:
     """Whether value is printed: rounded to the printed decimals, or to hundreds where that is printed."""
     decimals = len(printed.partition(".")[2])
     if len(printed) > 3 and printed.endswith("00"):
         decimals = -2
     return float(printed) == round(value, decimals)
+
+
+def _network(text: str) -> Count | None:
+    counter, *arguments = text.split()
+    pairs = (argument.split("=") for argument in arguments)
+    return COUNTERS[counter](**{k: json.loads(v) if v[0].isdigit() else v for k, v in pairs})
 
 
 def _explained(printed: str, unit: int, total: int, classifier: int) -> str:
@@ -188,263 +237,39 @@ def _explained(printed: str, unit: int, total: int, classifier: int) -> str:
     return ""
 
 
-def _line(
-    label: str,
-    mult_adds: str,
-    parameters: str,
-    found: Count | None,
-    remark: str = "",
-    unit: int = 10**6,
-    biases: bool = False,
-) -> Line:
-    """Printed mult-adds, in `unit`, and millions of parameters, beside the count, and what explains them."""
+def _line(columns: list[str], label: str, printed: list[str], network: str, remark: str = "") -> Line:
+    """The printed cells beside the count, and what explains where they differ."""
+    found = _network(network) if network else None
     if found is None:
-        return Line(label, (Cell(mult_adds, ""), Cell(parameters, "")), remark)
-    size = found.parameters if biases else found.weights
-    remarks = [remark]
-    if not agrees(mult_adds, found.mult_adds / unit):
-        remarks.insert(0, _explained(mult_adds, unit, *found.totals))
-    if not agrees(parameters, size / 1e6) and agrees(parameters, found.parameters / 1e6):
-        remarks.append(f"{parameters} is with biases and norms: {found.parameters:,}")
-    cells = Cell(mult_adds, f"{found.mult_adds:,}"), Cell(parameters, f"{size:,}")
-    return Line(label, cells, "; ".join(filter(None, remarks)))
+        cells = tuple(Cell(own, "") for own in printed)
+        return Line(label, cells, f"not counted: {INSTALL}" if network else remark)
+    part = Count(tuple(layer for layer in found.layers if label in (layer.name, layer.kind)), 0)
+    cells, remarks = [], [re.sub(r"{(?:(\d) \* )?(.+?)}", _times, remark)]
+    for column, own in zip(columns, printed):
+        quantity = column
+        if column == "million parameters" and network.startswith("torchvision"):
+            quantity = "parameters with biases and norms"  # as the papers of these networks count
+        value = COLUMNS[quantity](found, part)
+        cells.append(Cell(own, f"{value:,}" if isinstance(value, int) else value))
+        unit = {"million": 10**6, "billion": 10**9}.get(column.split()[0])
+        if unit and not agrees(own, value / unit):
+            if column.endswith("mult-adds"):
+                remarks.insert(0, _explained(own, unit, *found.totals))
+            elif agrees(own, found.parameters / unit):
+                remarks.append(f"{own} is with biases and norms: {found.parameters:,}")
+    return Line(label, tuple(cells), "; ".join(filter(None, remarks)))
 
 
-INSTALL = "pip install torchvision, the one made for this torch"
+def _times(match: re.Match) -> str:
+    """The mult-adds of {NETWORK} or {FACTOR * NETWORK}."""
+    return f"{int(match[1] or 1) * _network(match[2]).mult_adds:,}"
 
 
-def _peer(label: str, mult_adds: str, parameters: str, found: Count | None, remark: str) -> Line:
-    """A network of torchvision; parameters with biases and norms, as its own paper counts."""
-    if found is None:
-        remark = f"not counted: {INSTALL}"
-    return _line(label, mult_adds, parameters, found, remark, biases=True)
+def table(number: str) -> Table:
+    """A table of the paper by its number, or "F", the models of figures 4 and 5: a key of TABLES."""
+    title, columns, rows = TABLES[number].values()
+    return Table(number, title, tuple(columns), tuple(_line(columns[1:], *row) for row in rows))
 
-
-RESOURCES = "million mult-adds", "million parameters"
-
-
-def _resources(number: str, title: str, *lines: Line, first: str = "model") -> Table:
-    return Table(number, title, (first, *RESOURCES), lines)
-
-
-BODY = """
-Conv / s2    | 3x3x3x32     | 224x224x3
-Conv dw / s1 | 3x3x32 dw    | 112x112x32
-Conv / s1    | 1x1x32x64    | 112x112x32
-Conv dw / s2 | 3x3x64 dw    | 112x112x64
-Conv / s1    | 1x1x64x128   | 56x56x64
-Conv dw / s1 | 3x3x128 dw   | 56x56x128
-Conv / s1    | 1x1x128x128  | 56x56x128
-Conv dw / s2 | 3x3x128 dw   | 56x56x128
-Conv / s1    | 1x1x128x256  | 28x28x128
-Conv dw / s1 | 3x3x256 dw   | 28x28x256
-Conv / s1    | 1x1x256x256  | 28x28x256
-Conv dw / s2 | 3x3x256 dw   | 28x28x256
-Conv / s1    | 1x1x256x512  | 14x14x256
-Conv dw / s1 | 3x3x512 dw   | 14x14x512
-Conv / s1    | 1x1x512x512  | 14x14x512
-Conv dw / s2 | 3x3x512 dw   | 14x14x512
-Conv / s1    | 1x1x512x1024 | 7x7x512
-Conv dw / s2 | 3x3x1024 dw  | 7x7x1024
-Conv / s1    | 1x1x1024x1024 | 7x7x1024
-FC / s1      | 1024x1000    | 1x1x1024
-"""  # as printed
-
-
-def table_1() -> Table:
-    rows = [tuple(cell.strip() for cell in line.split("|")) for line in BODY.strip().splitlines()]
-    rows[13:15] = rows[13:15] * 5  # printed once, with "5x"
-    lines = []
-    for printed, layer in zip(rows, mobilenet().layers, strict=True):
-        out, into = layer.weight[:2]
-        side = "x".join(map(str, layer.input[1:] or (1, 1)))
-        kind, shape = {
-            "depthwise": ("Conv dw", f"3x3x{out} dw"),
-            "fully connected": ("FC", f"{into}x{out}"),
-        }.get(layer.kind, ("Conv", f"{layer.kind}x{into}x{out}"))
-        counted = f"{kind} / s{layer.stride}", shape, f"{side}x{layer.input[0]}"
-        remark = "" if printed == counted else "the layer's input and output are both 7x7: its stride is 1"
-        lines.append(Line(layer.name, tuple(map(Cell, printed, counted)), remark))
-    columns = "layer", "type / stride", "filter", "input"
-    return Table("1", "MobileNet body architecture, average pool and softmax left out", columns, tuple(lines))
-
-
-def table_2() -> Table:
-    found = mobilenet()
-    lines = []
-    for kind, *printed in [
-        ("1x1", "94.86", "74.59"),
-        ("depthwise", "3.06", "1.06"),
-        ("3x3", "1.19", "0.02"),
-        ("fully connected", "0.18", "24.33"),
-    ]:
-        own = Count(tuple(layer for layer in found.layers if layer.kind == kind), 0)
-        shares = [100 * own.mult_adds / found.mult_adds, 100 * own.weights / found.weights]
-        differ = [p for p, share in zip(printed, shares) if not agrees(p, share)]
-        remark = f"{', '.join(differ)} is a misprint: then the four do not add up to 100" if differ else ""
-        cells = tuple(Cell(p, f"{share:.3f}") for p, share in zip(printed, shares))
-        lines.append(Line(kind, cells, remark))
-    return Table("2", "Resources by type of layer", ("type", "% mult-adds", "% parameters"), tuple(lines))
-
-
-def table_3() -> Table:
-    def layer(size: int, channels: int, full: bool = False) -> Count:
-        kinds = {
-            True: lambda: nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            False: lambda: DepthwiseSeparable(channels, channels),
-        }
-        return count(kinds[full], channels, size, size)
-
-    return _resources(
-        "3", "A layer of 14x14x512, modified step by step",
-        _line("Convolution", "462", "2.36", layer(14, 512, full=True)),
-        _line("Depthwise separable convolution", "52.3", "0.27", layer(14, 512)),
-        _line("alpha = 0.75", "29.6", "0.15", layer(14, 384)),
-        _line("rho = 0.714", "15.1", "0.15", layer(10, 384)),
-        first="modification",
-    )  # fmt: skip
-
-
-def table_4() -> Table:
-    return _resources(
-        "4", "Depthwise separable against full convolution",
-        _line("Conv MobileNet", "4866", "29.3", mobilenet(variant="conv")),
-        _line("MobileNet", "569", "4.2", mobilenet()),
-    )  # fmt: skip
-
-
-def table_5() -> Table:
-    return _resources(
-        "5", "Narrow against shallow",
-        _line("0.75 MobileNet", "325", "2.6", mobilenet(0.75)),
-        _line("Shallow MobileNet", "307", "2.9", mobilenet(variant="shallow")),
-    )  # fmt: skip
-
-
-def table_6() -> Table:
-    printed = {1.0: ("569", "4.2"), 0.75: ("325", "2.6"), 0.5: ("149", "1.3"), 0.25: ("41", "0.5")}
-    lines = [_line(f"{w} MobileNet-224", *own, mobilenet(w)) for w, own in printed.items()]
-    return _resources("6", "Width multiplier", *lines)
-
-
-def table_7() -> Table:
-    printed = {224: "569", 192: "418", 160: "290", 128: "186"}
-    lines = [_line(f"1.0 MobileNet-{n}", own, "4.2", mobilenet(size=n)) for n, own in printed.items()]
-    return _resources("7", "Resolution", *lines)
-
-
-def table_8() -> Table:
-    return _resources(
-        "8", "Comparison with popular models",
-        _line("1.0 MobileNet-224", "569", "4.2", mobilenet()),
-        _peer("GoogLeNet", "1550", "6.8", peer("googlenet", 224),
-              "torchvision's has 3x3 filters where the original has 5x5"),
-        _peer("VGG 16", "15300", "138", peer("vgg16", 224), ""),
-    )  # fmt: skip
-
-
-def table_9() -> Table:
-    squeezenet = peer("squeezenet1_0", 227)
-    remark = ""
-    if squeezenet:
-        remark = f"1700 counts multiplications and additions apart: {2 * squeezenet.mult_adds:,}"
-    return _resources(
-        "9", "Comparison of a smaller MobileNet with popular models",
-        _line("0.5 MobileNet-160", "76", "1.32", mobilenet(0.5, 160)),
-        _peer("SqueezeNet (227x227)", "1700", "1.25", squeezenet, remark),
-        _peer("AlexNet", "720", "60", peer("alexnet", 224),
-              "torchvision's is arXiv:1404.5997's, without groups; the original has two towers"),
-    )  # fmt: skip
-
-
-def table_10() -> Table:
-    lines = [
-        _peer("Inception V3 (299x299)", "5000", "23.2", peer("inception_v3", 299, 120),
-              "section 4.4 has 5.74 billion for it; torchvision's with 1000 classes has 23.8 million weights")
-    ]  # fmt: skip
-    for width, size, *printed in [
-        (1.0, 224, "569", "3.3"), (0.75, 224, "325", "1.9"),
-        (1.0, 192, "418", "3.3"), (0.75, 192, "239", "1.9"),
-    ]:  # fmt: skip
-        found, whole = mobilenet(width, size, classes=120), mobilenet(width, size).mult_adds
-        differs = not agrees(printed[0], found.mult_adds / 1e6)
-        remark = f"{printed[0]} is with ImageNet's 1000 classes: {whole:,}" if differs else ""
-        lines.append(_line(f"{width} MobileNet-{size}", *printed, found, remark))
-    return _resources("10", "Stanford Dogs, 120 classes", *lines)
-
-
-def table_12() -> Table:
-    lines = []
-    for width, size, *printed in [
-        (1.0, 224, "568", "3.2"), (0.5, 224, "149", "0.8"), (0.25, 224, "45", "0.2"),
-        (1.0, 128, "185", "3.2"), (0.5, 128, "48", "0.8"), (0.25, 128, "15", "0.2"),
-    ]:  # fmt: skip
-        found, remark = mobilenet(width, size, classes=0), ""
-        if width == 0.25:
-            wider = mobilenet(width, size, classes=0, min_depth=16).mult_adds
-            remark = f"{printed[0]}: with at least 16 channels a layer (min_depth=16) it is {wider:,}"
-        lines.append(_line(f"{width} MobileNet-{size}", *printed, found, remark))
-    missing = "not published; section 4.5 has 75 million parameters for it"
-    lines.append(_line("Baseline", "1600", "7.5", None, missing))
-    return _resources("12", "Face attributes, counted without a last layer", *lines)
-
-
-def table_13() -> Table:
-    ssd, small, large = detector("ssd", 300), detector("faster_rcnn", 300), detector("faster_rcnn", 600)
-    other = "a detector of the paper that is not in this package"
-    absent = "" if ssd else f"not counted: {INSTALL}"
-    lines = [
-        _line(label, *printed, found, absent if label.endswith("MobileNet") else other, unit=10**9)
-        for label, found, *printed in [
-            ("SSD 300 deeplab-VGG", None, "34.9", "33.1"), ("SSD 300 Inception V2", None, "3.8", "13.7"),
-            ("SSD 300 MobileNet", ssd, "1.2", "6.8"),
-            ("Faster-RCNN 300 VGG", None, "64.3", "138.5"),
-            ("Faster-RCNN 300 Inception V2", None, "118.2", "13.3"),
-            ("Faster-RCNN 300 MobileNet", small, "25.2", "6.1"),
-            ("Faster-RCNN 600 VGG", None, "149.6", "138.5"),
-            ("Faster-RCNN 600 Inception V2", None, "129.6", "13.3"),
-            ("Faster-RCNN 600 MobileNet", large, "30.5", "6.1"),
-        ]
-    ]  # fmt: skip
-    columns = "detector", "billion mult-adds", "million parameters"
-    return Table("13", "Object detection, 91 classes with the background", columns, tuple(lines))
-
-
-def table_14() -> Table:
-    lines = [_line("FaceNet", "1600", "7.5", None, "the teacher, which is not in this package")]
-    head = "the layer that makes the embedding, which the parameters include, is not described"
-    for width, size, label, *printed in [
-        (1.0, 160, 160, "286", "4.9"), (1.0, 128, 128, "185", "5.5"),
-        (0.75, 160, 128, "166", "3.4"), (0.75, 128, 128, "108", "3.8"),
-    ]:  # fmt: skip
-        found = mobilenet(width, size, classes=0)
-        misprint = f"printed as a second 0.75 MobileNet-{label}; " if size != label else ""
-        differs = not agrees(printed[0], found.mult_adds / 1e6)
-        remark = f"{misprint}{f'{printed[0]} is not explained; ' if differs else ''}{head}"
-        lines.append(_line(f"{width} MobileNet-{size}", *printed, found, remark))
-    return _resources("14", "Face embeddings, counted without a last layer", *lines)
-
-
-def figures() -> Table:
-    """The 16 models of figures 4 and 5, whose numbers are printed only where tables 6 and 7 have them."""
-    lines = [
-        _exact(f"{width} MobileNet-{size}", mobilenet(width, size)) for width in WIDTHS for size in SIZES
-    ]
-    variants = [_exact(f"{v.title()} MobileNet-224", mobilenet(variant=v)) for v in ("conv", "shallow")]
-    columns = "model", "mult-adds", "weights", "parameters with biases and norms"
-    return Table("F", "The 16 models of figures 4 and 5, and two variants", columns, (*lines, *variants))
-
-
-def _exact(label: str, found: Count) -> Line:
-    numbers = found.mult_adds, found.weights, found.parameters
-    return Line(label, tuple(Cell("", f"{n:,}") for n in numbers))
-
-
-TABLES = {
-    "1": table_1, "2": table_2, "3": table_3, "4": table_4, "5": table_5, "6": table_6, "7": table_7,
-    "8": table_8, "9": table_9, "10": table_10, "12": table_12, "13": table_13,
-    "14": table_14, "F": figures,
-}  # fmt: skip
 
 # ---- output ----
 
@@ -479,7 +304,7 @@ def as_text(tables: list[Table]) -> str:
             "  ".join(v.rjust(w) if i else v.ljust(w) for i, (v, w) in enumerate(zip(row, widths)))
             for row in (names, *rows)
         ]
-        blocks.append("\n".join([title(table), *lines, *notes]))
+        blocks.append("\n".join([heading(table), *lines, *notes]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -489,7 +314,7 @@ def as_markdown(tables: list[Table]) -> str:
         names, rows = _columns(table)
         rule = ["---:" if i and name != "remark" else "---" for i, name in enumerate(names)]
         lines = ["| " + " | ".join(row) + " |" for row in (names, rule, *rows)]
-        blocks.append("\n".join([f"**{title(table)}**", "", *lines]))
+        blocks.append("\n".join([f"**{heading(table)}**", "", *lines]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -506,7 +331,7 @@ def as_csv(tables: list[Table]) -> str:
     return text.getvalue()
 
 
-def title(table: Table) -> str:
+def heading(table: Table) -> str:
     return f"{table.title}." if table.number == "F" else f"Table {table.number}. {table.title}."
 
 
@@ -525,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if wrong := [t for t in args.tables if t not in TABLES]:
         parser.error(f"argument TABLE: must be some of {' '.join(TABLES)}, got {' '.join(wrong)}")
-    text = FORMATS[args.format]([TABLES[t]() for t in args.tables or TABLES])
+    text = FORMATS[args.format]([table(t) for t in args.tables or TABLES])
     if not args.out:
         print(text, end="")
         return 0

@@ -241,7 +241,7 @@ def test_nothing_pending_leaves_the_model():
     assert type(model.eval()(X.float())) is torch.Tensor
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(1), torch.relu, nn.Linear], ids=str)
+@pytest.mark.parametrize("bad", [torch.zeros(1), torch.relu, nn.Linear], ids=["tensor", "function", "class"])
 def test_bad_model(bad):
     with pytest.raises(TypeError, match="fuse: model must be a torch.nn.Module"):
         mnops.fuse(bad)
