@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnops import backends, lazy, ops, sync
+from mnops import backends, compiled, lazy, ops, sync
 from mnops.lazy import LazyTensor, real
 from mnops.nn import BATCH_NORMS, served_by, statistics
 from mnops.ops import Pending
@@ -27,15 +27,16 @@ class Conv2d(nn.Conv2d):
     """What fuse makes of an nn.Conv2d, by its class alone: same parameters, same output, a LazyTensor."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or backends.recording(x):  # compilers fuse what follows themselves
+        if backends.recording(x):
             return super().forward(x)
         weight, bias = self.weight, self.bias  # once: a parametrised one is computed at every look
-        op = served_by(self)
+        op, traced = served_by(self), torch.compiler.is_compiling()
         why = _why_stock(self, op, x, weight)
         if why is not None:
-            lazy.fell_back(self.__dict__.get("mnops_name", ""), why)
+            if not traced:
+                lazy.fell_back(self.__dict__.get("mnops_name", ""), why)
             return self._conv_forward(x, weight, bias)
-        return _convolve(self, op, x, weight, bias)
+        return (_convolve_traced if traced else _convolve)(self, op, x, weight, bias)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -84,26 +85,39 @@ def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> st
 
 def _convolve(conv: nn.Conv2d, op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> LazyTensor:
     name = conv.__dict__.get("mnops_name", "")
-    if type(x) is LazyTensor:
-        nchw = x.nchw
+    lazily = type(x) is LazyTensor
+    nchw = x.nchw if lazily else _is_nchw(x)
+    if lazily:
         if lazy._listeners:
             lazy.tell(x.source, f"chained into {name}" if lazy.unchanged(x) else f"read by {name}")
         x = lazy.pending_of(x)
-    else:
-        nchw = x.is_contiguous() or x.stride(1) != 1
-    channels_last = torch.channels_last
-    if nchw and weight.is_contiguous(memory_format=channels_last) and not weight.is_contiguous():
-        nchw = False  # as stock: either side in channels_last makes the output so
     if isinstance(x, Tensor):
-        x = x.contiguous(memory_format=channels_last)
-    measure = conv.training
+        x = x.contiguous(memory_format=torch.channels_last)
+    return lazy.lazy_output(*_run(conv, op, x, weight), bias, _keeps_nchw(nchw, weight), name)
+
+
+def _convolve_traced(conv: nn.Conv2d, op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    compiled.chain_this_graph()
+    nchw = _keeps_nchw(_is_nchw(x), weight)
+    y, _, _ = _run(conv, op, x.contiguous(memory_format=torch.channels_last), weight)
+    return compiled.conv_output(y, bias, nchw)
+
+
+def _run(conv: nn.Conv2d, op: str, x: Tensor | Pending, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if op == "depthwise":
-        out = ops.depthwise_conv2d(x, weight, conv.stride, conv.padding, conv.dilation, measure)
-    elif op == "pointwise":
-        out = ops.pointwise_conv2d(x, weight, measure)
-    else:
-        out = ops.stem_conv2d(x, weight, conv.stride, conv.padding, measure)
-    return lazy.lazy_output(*out, bias, nchw, name)
+        return ops.depthwise_conv2d(x, weight, conv.stride, conv.padding, conv.dilation, conv.training)
+    if op == "pointwise":
+        return ops.pointwise_conv2d(x, weight, conv.training)
+    return ops.stem_conv2d(x, weight, conv.stride, conv.padding, conv.training)
+
+
+def _is_nchw(x: Tensor) -> bool:
+    return x.is_contiguous() or x.stride(1) != 1
+
+
+def _keeps_nchw(nchw: bool, weight: Tensor) -> bool:
+    """As stock: either side in channels_last makes the output so."""
+    return nchw and (weight.is_contiguous() or not weight.is_contiguous(memory_format=torch.channels_last))
 
 
 # ---- finding ----
@@ -203,7 +217,8 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
     Fused layers are chained wherever one's output goes to the next through nothing but BatchNorm, relu,
     relu6, hardswish or silu. `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of
     layers that fall back at run time. channels_last is the fast layout: contiguous inputs are converted for a
-    chain, and its results back.
+    chain, and its results back. torch.compile of the model gets its layers chained too (mnops/compiled.py);
+    what is recorded to run elsewhere (torch.export, torch.onnx, torch.jit.trace, torch.fx) is stock.
 
     Args:
         model: any module; itself, not a copy, is changed.

@@ -311,16 +311,12 @@ def _all_real(a: Any, seen: list[LazyTensor]) -> Any:
 # ---- what is noted, not computed ----
 
 
-def _batch_norm(
-    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):  # fmt: skip
-    if type(x) is not LazyTensor or x.raw is None or not unchanged(x):
-        return NotImplemented
-    y, mean, var, shift = x.raw
+def normalised(
+    raw: Raw, running_mean, running_var, weight, bias, training: bool, momentum: float, eps: float
+) -> Pending:  # fmt: skip
+    """F.batch_norm of a convolution's output, pending; in training of one that measured."""
+    y, mean, var, shift = raw
     if training:
-        if mean is None:
-            fell_back(x.source, "its BatchNorm is in training mode, and the convolution in eval mode")
-            return NotImplemented
         count = y.numel() // y.shape[1]
         refuse_single_value(count, y)
         if running_mean is not None:
@@ -328,14 +324,25 @@ def _batch_norm(
             update_running(running_mean, running_var, shifted, var, count, momentum)
         if shift is not None:  # shift - shift: a gradient of zero for whoever waits for one (DDP)
             mean = mean + (shift - shift)
-    elif running_mean is None or running_var is None:
-        return NotImplemented
     else:
         mean, var = running_mean, running_var
         if shift is not None:
             mean = mean.to(c.wide(y)) - shift
-    pending = c.pending_args(Pending(y, mean, var, weight, bias, eps), cast=False)
-    return lazy(Pending(*pending), x.nchw, x.source)
+    return Pending(*c.pending_args(Pending(y, mean, var, weight, bias, eps), cast=False))
+
+
+def _batch_norm(
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):  # fmt: skip
+    if type(x) is not LazyTensor or x.raw is None or not unchanged(x):
+        return NotImplemented
+    if training and x.raw.mean is None:
+        fell_back(x.source, "its BatchNorm is in training mode, and the convolution in eval mode")
+        return NotImplemented
+    if not training and (running_mean is None or running_var is None):
+        return NotImplemented
+    norm = running_mean, running_var, weight, bias, training, momentum, eps
+    return lazy(normalised(x.raw, *norm), x.nchw, x.source)
 
 
 def _activate(x: Tensor, act: str, inplace: bool) -> Any:

@@ -313,22 +313,6 @@ def test_half_model(dtype):
     assert error <= 2 * error_stock + torch.finfo(dtype).eps * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["v2", "attributes"])
-def test_compile(name):
-    stock, fused = pair(NETWORKS[name])
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    for mode in (True, False):
-        stock.train(mode), fused.train(mode)
-        z = compiled(X)
-        fused.zero_grad()
-        z.square().sum().backward()
-        expected = run(stock)
-        torch.testing.assert_close(z, expected["z"])
-        torch.testing.assert_close({n: p.grad for n, p in fused.named_parameters()}, expected["grads"])
-    torch._dynamo.reset()
-
-
 def test_fx():
     stock, fused = pair(NETWORKS["v2"])
     traced = torch.fx.symbolic_trace(fused.eval())
