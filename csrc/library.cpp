@@ -36,4 +36,7 @@ STABLE_TORCH_LIBRARY(mnops, m) {
 
   m.def("norm_act_pool(Tensor x, " PENDING ") -> Tensor");
   m.def("norm_act_pool_backward(Tensor g, Tensor x, " PENDING ") -> " NORM_GRADS);
+
+  // Gives back the memory that is kept for results on the CPU (csrc/cpu/memory.h).
+  m.def("empty_cache() -> ()");
 }

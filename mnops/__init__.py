@@ -11,6 +11,7 @@ from mnops.deploy import deploy  # noqa: E402
 from mnops.functional import depthwise_conv_bn_act, pointwise_conv_bn_act  # noqa: E402
 from mnops.fuse import fuse, fusion_report, unfuse  # noqa: E402
 from mnops.lazy import FallbackWarning, fallback_warnings  # noqa: E402
+from mnops.memory import empty_cache  # noqa: E402
 from mnops.models import MobileNet  # noqa: E402
 from mnops.ops import Pending  # noqa: E402
 
@@ -21,6 +22,7 @@ __all__ = [
     "backend",
     "deploy",
     "depthwise_conv_bn_act",
+    "empty_cache",
     "fallback_warnings",
     "fuse",
     "fusion_report",

@@ -36,7 +36,7 @@ ConvGradResult backward(const Tensor& g, const MaybeTensor& g_mean, const MaybeT
     const OutputArrays<T> out({g, g_mean, g_var, y, mean_y}, s.c);
     STD_TORCH_CHECK(out.y.size(0) == s.n && out.y.size(1) == s.c && out.y.size(2) == s.ho && out.y.size(3) == s.wo,
                     "depthwise_conv2d_backward: y must have the shape that x and weight give");
-    const Tensor dx = need_input ? empty_channels_last(x, {s.n, s.c, s.h, s.w}) : empty_like_type(x, {0}, x.scalar_type());
+    const Tensor dx = need_input ? empty_result(x, {s.n, s.c, s.h, s.w}) : empty_like_type(x, {0}, x.scalar_type());
     const Tensor dw = need_weight ? empty_like_type(x, {s.c, 1, s.kh, s.kw}, scalar_type_of<T>())
                                   : empty_like_type(x, {0}, weight.scalar_type());
     const PendingGradTensors grads = PendingGradTensors::make<T>(x, norm, need_input);

@@ -44,7 +44,7 @@ inline ConvGradResult matmul_backward(const MatmulShape& s, const OutputTensors&
     const OutputArrays<T> out(output, s.o);
     for (int d = 0; d < 4; d++)
       STD_TORCH_CHECK(out.y.size(d) == s.y_size[d], "mnops: y must have the shape that x and weight give");
-    const Tensor dx = need_input ? empty_channels_last(x, {x.size(0), x.size(1), x.size(2), x.size(3)})
+    const Tensor dx = need_input ? empty_result(x, {x.size(0), x.size(1), x.size(2), x.size(3)})
                                  : empty_like_type(x, {0}, x.scalar_type());
     const int64_t taps = weight.size(2) * weight.size(3);
     Tensor dw = need_weight ? empty_like_type(x, {s.o, taps, weight.size(1)}, scalar_type_of<T>())

@@ -16,7 +16,7 @@ Tensor run(bool pool, const Tensor& x, const PendingTensors& norm, const MaybeTe
     const Tensor xl = channels_last(x);
     const Tensor rl = residual ? channels_last(*residual) : xl;
     const PendingArrays<T> pending(norm, c);
-    const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type()) : empty_channels_last(x, {n, c, x.size(2), x.size(3)});
+    const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type()) : empty_result(x, {n, c, x.size(2), x.size(3)});
     if (z.numel())
       norm_act<T>(kernels, torch_threads(), n, hw, c, pool, xl.const_data_ptr(), pending.pending,
                   residual ? rl.const_data_ptr() : nullptr, z.mutable_data_ptr());
@@ -46,7 +46,7 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
     const Tensor xl = channels_last(x), gl = pool ? torch::stable::contiguous(g) : channels_last(g);
     const PendingTensors norm{mean, var, gamma, beta, eps, act};
     const PendingArrays<T> pending(norm, c);
-    const Tensor dx = empty_channels_last(x, {n, c, x.size(2), x.size(3)});
+    const Tensor dx = empty_result(x, {n, c, x.size(2), x.size(3)});
     const PendingGradTensors grads = PendingGradTensors::make<T>(x, norm, true);
     norm_act_backward<T>(kernels, torch_threads(), n, hw, c, pool, gl.const_data_ptr(), xl.const_data_ptr(), pending.pending,
                          dx.mutable_data_ptr(), grads.pointers<T>());

@@ -18,7 +18,7 @@ Tensor forward(const Tensor& x, const Tensor& depthwise_weight, const Tensor& we
     const Array<T> taps(depthwise_weight, depthwise_weight.numel(), "depthwise_weight"), w(weight, weight.numel(), "weight");
     const PendingArrays<T> pending({mean, var, gamma, beta, eps, act}, s.c);
     const PendingArrays<T> mid({mid_mean, mid_var, mid_gamma, mid_beta, mid_eps, mid_act}, s.c);
-    const Tensor y = empty_channels_last(x, {s.n, weight.size(0), s.ho, s.wo});
+    const Tensor y = empty_result(x, {s.n, weight.size(0), s.ho, s.wo});
     if (y.numel())
       separable_conv2d<T>(kernels, torch_threads(), s, weight.size(0), xl.const_data_ptr(), pending.pending, taps.data,
                           mid.pending, w.data, y.mutable_data_ptr());

@@ -3,6 +3,7 @@
 #include "common/tensors.h"
 #include "cpu/dispatch.h"
 #include "cpu/drivers/common.h"
+#include "cpu/memory.h"
 
 namespace mnops {
 
@@ -95,7 +96,7 @@ inline Threads torch_threads() {
 template <class T> struct Measured {
   Tensor y, mean, var;
   Measured(const Tensor& x, const std::vector<int64_t>& size, bool measure)
-      : y(empty_channels_last(x, size)), mean(empty_like_type(x, {measure ? size[1] : 0}, scalar_type_of<T>())),
+      : y(empty_result(x, size)), mean(empty_like_type(x, {measure ? size[1] : 0}, scalar_type_of<T>())),
         var(empty_like_type(x, {measure ? size[1] : 0}, scalar_type_of<T>())) {
     STD_TORCH_CHECK(!measure || y.numel() > 0, "mnops: statistics of an output with no element are not defined");
   }
