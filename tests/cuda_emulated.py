@@ -17,9 +17,12 @@ from test_ops import (
     conv_and_gradients,
     draw,
     draw_norm,
+    draw_separable,
     norm_and_gradients,
+    separable,
     spelled_out,
     stock_pool,
+    stock_separable,
 )
 
 import mnops
@@ -30,11 +33,12 @@ ORDERS = (1, 2, 3)  # last to first, and two shuffles
 
 
 @pytest.fixture(autouse=True)
-def _cuda():
+def _cuda(request):
     launches = LIBRARY.mnops_cuda_emulation_launches()
     with mnops.backend("cuda"):
         yield
-    assert LIBRARY.mnops_cuda_emulation_launches() > launches, "no kernel ran"
+    if "plans" not in request.node.name:
+        assert LIBRARY.mnops_cuda_emulation_launches() > launches, "no kernel ran"
 
 
 def in_every_order(run):
@@ -120,3 +124,142 @@ def test_stem_of_nothing():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stem_same_bits(dtype):
     same_bits_in_every_order(Case("two tiles", "stem", (1, 3, 31, 23), 12, stride=2), dtype)
+
+
+# ---- separable_conv2d ----
+
+KIB = 1 << 10
+H100, A100, SM_86 = (227 * KIB, 228 * KIB, 132), (163 * KIB, 164 * KIB, 108), (99 * KIB, 100 * KIB, 84)
+PIXELS, OUTPUTS = (128, 64, 32, 16), (128, 64, 64, 64)  # rows of csrc/cuda/separable_tile.h
+
+
+def set_limits(block, multiprocessor, count, row=-1):
+    """Bytes of shared memory of a block and of a multiprocessor, the number of those; a row of the table, -1: the best."""
+    LIBRARY.mnops_cuda_emulation_limits(ctypes.c_int64(block), ctypes.c_int64(multiprocessor), count, row)
+
+
+def plan(n, channels, height, width, out, kernel=3, stride=1, padding=1, dilation=1, itemsize=2):
+    """Row of the tile table, height and width of a rectangle, blocks that share one, bytes of shared memory."""
+    reach = dilation * (kernel - 1) + 1 - 2 * padding
+    size = (height - reach) // stride + 1, (width - reach) // stride + 1
+    shape = (ctypes.c_int * 10)(n, channels, height, width, out, *size, kernel, stride, dilation)
+    found = (ctypes.c_int64 * 5)()
+    LIBRARY.mnops_cuda_separable_plan(shape, itemsize, found)
+    return tuple(found)
+
+
+def check_separable(case, out, dtype, every_order=False):
+    def run(*inputs):
+        return separable(case, *inputs)
+
+    def stock(*inputs):
+        return stock_separable(case, *inputs)
+
+    draws = [draw_separable(case, out, dtype, "cpu")]
+    ours = in_every_order(run) if every_order else run
+    assert_as_exact(ours, by_reference(run), stock, draws, f"{case} {dtype} {out}")
+
+
+@pytest.fixture
+def exact():
+    """fp32 products in fp32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture
+def any_device():
+    yield
+    set_limits(227 * KIB, 228 * KIB, 4)
+
+
+DEPTHWISE = [c for c in CASES if c.op == "depthwise"]
+SEPARABLE = (
+    *((c, d) for i, c in enumerate(DEPTHWISE) for d in ((FP32, BF16) if i % 3 == 0 else (FP32, BF16)[i % 2 :][:1])),
+    *((c, d) for c in DEPTHWISE[:2] for d in (FP16, FP64)),
+)
+
+
+@pytest.mark.parametrize(("case", "dtype"), SEPARABLE, ids=str)
+def test_separable(case, dtype, exact):
+    LIBRARY.mnops_cuda_emulation_order(len(case.label) % 4)
+    check_separable(case, 24, dtype)
+
+
+ROWS = (
+    *((row, Case("", "depthwise", (2, 72, 9, 14)), 136) for row in range(4)),  # several rectangles, chunks, blocks of outputs
+    *((row, Case("", "depthwise", (1, 40, 12, 9), kernel=5, padding=2, stride=2, layout="nchw"), 24) for row in range(4)),
+    *((row, Case("", "depthwise", (1, 33, 5, 6)), 41) for row in range(4)),  # nothing is aligned
+    (None, Case("", "depthwise", (1, 72, 9, 8)), 41),  # no row fits
+)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize(("row", "case", "out"), ROWS, ids=str)
+def test_separable_rows(row, case, out, dtype, exact, any_device):
+    """Every row of the table."""
+    if row is None:
+        set_limits(20 * KIB, 20 * KIB, 4)
+    else:
+        set_limits(227 * KIB, 228 * KIB, 4, row)
+    found, height, width, _, _ = plan(*case.shape, out, case.kernel, case.stride, case.padding, itemsize=dtype.itemsize)
+    assert found == (-1 if row is None else row) and height * width <= PIXELS[found]
+    check_separable(case, out, dtype, every_order=True)
+
+
+def test_separable_tf32(any_device):
+    """Where torch allows it: products of 10 bits, sums of 24."""
+    case = Case("", "depthwise", (1, 40, 9, 8))
+    inputs = draw_separable(case, 48, FP32, "cpu")
+    exact = separable(case, *(t.double() for t in inputs))["y"]
+    errors = {}
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            y = in_every_order(lambda *inputs: separable(case, *inputs))(*inputs)["y"]
+            errors[precision] = ((y - exact).norm() / exact.norm()).item()
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert errors["ieee"] < 1e-6 and 1e-5 < errors["tf32"] < 2**-11, errors
+
+
+def test_separable_weights_of_fp32_with_half_x():
+    case = Case("", "depthwise", (1, 20, 6, 7))
+    x, taps, *norms, weight = draw_separable(case, 12, BF16, "cpu")
+    taps, weight = taps.float() * 1.01, weight.float() * 1.01  # no half numbers
+    ours = separable(case, x, taps, *norms, weight)["y"].double()
+    exact = by_reference(separable)(case, *(t.double() for t in (x, taps, *norms, weight)))["y"]
+    stock = by_reference(separable)(case, x, taps, *norms, weight.to(BF16))["y"].double()
+    assert (ours - exact).norm() <= 2 * (stock - exact).norm()
+
+
+MOBILENET = [
+    (32, 112, 64, 1), (64, 112, 128, 2), (128, 56, 128, 1), (128, 56, 256, 2), (256, 28, 256, 1), (256, 28, 512, 2),
+    (512, 14, 512, 1), (512, 14, 1024, 2), (1024, 7, 1024, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("limits", [H100, A100, SM_86], ids=["H100", "A100", "sm_86"])
+def test_separable_plans(limits, any_device):
+    """On every device every layer of MobileNet has a row; no rectangle is larger than it, none wastes half of it."""
+    set_limits(*limits)
+    for channels, size, out, stride in MOBILENET:
+        for n in (1, 256):
+            for itemsize in (2, 4):
+                row, height, width, groups, shared = plan(
+                    n, channels, size, size, out, stride=stride, itemsize=itemsize
+                )
+                assert row >= 0 and shared <= limits[0]
+                out_size = size // stride
+                tiles = -(-out_size // height) * -(-out_size // width)
+                assert height * width <= PIXELS[row] and tiles * height * width >= out_size**2
+                assert tiles * PIXELS[row] < 2 * max(out_size**2, 32)
+                assert 1 <= groups <= -(-out // OUTPUTS[row])
+
+
+def test_separable_of_nothing_and_of_extremes():
+    for shape, out in (((0, 8, 4, 4), 8), ((1, 8, 1, 1), 1)):
+        case = Case("", "depthwise", shape)
+        y = separable(case, *draw_separable(case, out, BF16, "cpu"))["y"]
+        assert y.shape == (shape[0], out, *shape[2:])

@@ -37,9 +37,9 @@ struct Stem {
   Strides x, y;
 };
 
-// Where the window of an output pixel begins in x; beyond the last pixel, nowhere.
+// Where the window of an output pixel begins in x (beyond the last pixel, nowhere), and where it lies in y.
 struct alignas(16) Corner {
-  int64_t at;
+  int64_t at, to;
   int h, w;
 };
 constexpr int nowhere = -(1 << 30);
@@ -58,9 +58,9 @@ template <int PIXELS> __device__ __forceinline__ void find_corners(Corner* corne
     if (first + q < s.pixels) {
       const Pixel p = pixel_of(s, first + q);
       const int h = p.h * s.sh - s.pad_top, w = p.w * s.sw - s.pad_left;
-      corners[q] = {p.n * s.x.n + h * s.x.h + w * s.x.w, h, w};
+      corners[q] = {p.n * s.x.n + h * s.x.h + w * s.x.w, p.n * s.y.n + p.h * s.y.h + p.w * s.y.w, h, w};
     } else {
-      corners[q] = {0, nowhere, nowhere};
+      corners[q] = {0, 0, nowhere, nowhere};
     }
   }
 }
@@ -167,8 +167,7 @@ stem_forward(const S* __restrict__ x, const void* __restrict__ weight, bool wide
     __syncthreads();
     for (int q = row0; q < Tile::pixels && first + q < s.pixels; q += Tile::rows) {
       const Pack<S, Tile::vec> pack = load_pack<S, Tile::vec>(out + q * Tile::y_pitch + c0);
-      const Pixel p = pixel_of(s, first + q);
-      S* const to = y + p.n * s.y.n + p.h * s.y.h + p.w * s.y.w + (o0 + c0) * s.y.c;
+      S* const to = y + corners[q].to + (o0 + c0) * s.y.c;
       if (packed && o0 + c0 < s.o) {
         store_pack<S, Tile::vec>(to, pack);
       } else {

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mnops.ops import _contract as c
@@ -76,3 +77,10 @@ def flops(x_shape, depthwise_shape, weight_shape, *args, out_shape, **kwargs) ->
 
 
 r.register_inference(NAME, fake, flops)
+
+# What the CUDA kernel asks: the stable ABI knows nothing of torch's switches.
+_library = torch.library.Library("mnops", "FRAGMENT")
+_library.define("allows_tf32(Tensor x) -> bool")
+_library.impl(
+    "allows_tf32", lambda x: torch.backends.cudnn.conv.fp32_precision == "tf32", "CompositeExplicitAutograd"
+)
