@@ -44,7 +44,9 @@ class graph:
         if all(d.type == "cpu" for d in devices) and (inputs or not torch.cuda.is_available()):
             return self.step(*inputs)
         if len(devices) > 1 or any(d.type != "cuda" for d in devices):
-            raise ValueError(f"graph: all tensors must be on one GPU, got {', '.join(sorted(map(str, devices)))}")
+            raise ValueError(
+                f"graph: all tensors must be on one GPU, got {', '.join(sorted(map(str, devices)))}"
+            )
         with torch.cuda.device(next(iter(devices), None)):
             return self._run(inputs)
 

@@ -1,5 +1,4 @@
-"""python -m mnops.triton.aot: the kernels of MobileNet's layers compiled with no GPU, and what they take of
-one.
+"""python -m mnops.triton.aot: MobileNet's kernels compiled with no GPU, and what they take of one.
 
 What is compiled is what a launch would compile: Triton's own binder makes the signature. A row is one binary:
 registers a thread, bytes a thread spills to local memory, shared memory of a program, and how many programs a
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import re
 import subprocess
 import sys
@@ -31,7 +31,13 @@ from mnops.models import mobilenet
 from mnops.triton.launch import Launch, recorded
 
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor
-SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes, for programs
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes, for programs, by compute capability
+DTYPES = {  # of x, and whether fp32 products may be tf32; without, they are the library's
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
 
 
 class Binary(NamedTuple):
@@ -88,7 +94,7 @@ def _vectors(channels: int) -> list[Tensor]:
 
 
 def layers(
-    dtype: torch.dtype, width: float = 1.0, size: int = 224, batch: int = 128
+    dtype: torch.dtype, arch: int, width: float = 1.0, size: int = 224, batch: int = 128
 ) -> Iterator[tuple[str, list[Launch]]]:
     """(name, launches) of each distinct layer of MobileNet, in order: a training step, a block's inference.
     """
@@ -103,7 +109,7 @@ def layers(
 
     def convolution(name, forward, backward, x, w, *geometry, pending=True):
         norm = _vectors(x.shape[1]) if pending else [None] * 4
-        with recorded() as launches:
+        with recorded(arch) as launches:
             y, mean, _ = forward(x, w, *norm, 1e-5, "relu" if pending else "none", *geometry, True)
             incoming = (torch.empty_like(y), *(torch.empty_like(mean) for _ in range(2)), y, mean)
             backward(*incoming, x, w, *norm, 1e-5, "relu" if pending else "none", *geometry, pending, True)
@@ -124,8 +130,10 @@ def layers(
             )  # fmt: skip
             norm = *_vectors(channels), 1e-5, "relu"
             weights = weight(channels, 1, 3, 3), weight(round(out * width), channels, 1, 1)
-            with recorded() as launches:
-                ops.separable_conv2d(image(channels, size), *weights, *norm, *norm, [stride] * 2, [1] * 4, square)
+            with recorded(arch) as launches:
+                ops.separable_conv2d(
+                    image(channels, size), *weights, *norm, *norm, [stride] * 2, [1] * 4, square
+                )
             yield f"separable {channels}->{round(out * width)} {size}/{stride}", launches
         seen.add((channels, size, stride))
         size, out = (size + stride - 1) // stride, round(out * width)
@@ -137,7 +145,7 @@ def layers(
         seen.add((channels, size, out))
         channels = out
     x, norm = image(channels, size), _vectors(channels)
-    with recorded() as launches:
+    with recorded(arch) as launches:
         z = ops.norm_act(x, *norm, 1e-5, "relu")
         ops.norm_act_backward(z, x, *norm, 1e-5, "relu")
         pooled = ops.norm_act_pool(x, *norm, 1e-5, "relu")
@@ -145,26 +153,28 @@ def layers(
     yield f"norm_act {channels} {size}", launches
 
 
-def binaries(dtypes: Iterable[torch.dtype], archs: Iterable[int], select: str = "") -> Iterator[Binary]:
-    """The binaries of MobileNet-1.0-224's layers of which "name kernel" matches `select`."""
-    for dtype in dtypes:
-        for name, launches in layers(dtype):
+def binaries(dtypes: Iterable[str], archs: Iterable[int], select: str = "") -> Iterator[Binary]:
+    """Binaries of MobileNet-1.0-224's layers of which "name kernel" matches `select`; dtypes: of DTYPES."""
+    for name, arch in itertools.product(dtypes, archs):
+        dtype, tf32 = DTYPES[name]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            found = list(layers(dtype, arch))
+        for layer, launches in found:
             for launch in launches:
-                if re.search(select, f"{name} {launch.kernel.__name__}"):
-                    for arch in archs:
-                        yield measured(launch, arch, name, str(dtype).removeprefix("torch."))
+                if re.search(select, f"{layer} {launch.kernel.__name__}"):
+                    yield measured(launch, arch, layer, name)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mnops.triton.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED))
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "tf32", "float32"], choices=DTYPES)
     parser.add_argument("--select", default="", metavar="REGEX", help="only where 'layer kernel' matches")
     parser.add_argument("--csv", type=Path, help="write the rows to this file as well")
     args = parser.parse_args(argv)
     print("{:26} {:34} {:9} {:>4} {:>5} {:>9} {:>7} {:>7} {:>8}".format(*Binary._fields))
     rows = []
-    for row in binaries((getattr(torch, d) for d in args.dtype), args.arch, args.select):
+    for row in binaries(args.dtype, args.arch, args.select):
         print("{:26} {:34} {:9} {:4} {:5} {:9} {:7} {:7} {:8}".format(*row), flush=True)
         rows.append(row)
     if args.csv:

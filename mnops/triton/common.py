@@ -1,4 +1,5 @@
-"""What the kernels share: activations, and a pending norm and an incoming gradient applied on load.
+"""What the kernels share: a pending norm and an incoming gradient applied on load, tiles of a matrix of
+pixels x channels, statistics on store.
 
 Every kernel sees channels_last memory: element (n, c, h, w) of a (N, C, H, W) tensor is at
 ((n * H + h) * W + w) * C + c, with 64-bit offsets. Half precision is computed in fp32, and rounded where a
@@ -13,14 +14,6 @@ import triton.language as tl
 NONE, RELU, RELU6, HARDSWISH, SILU = (tl.constexpr(i) for i in range(5))
 ACTS = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
 
-
-# What gy is multiplied by before it is rounded to half precision for tensor cores. g, as it was stored, lies
-# on the grid of that precision; a gradient of the mean or the variance, spread over all pixels, is often less
-# than half a step of it, and g + gm would round back to g at every pixel: in the sum over pixels a whole term
-# of BatchNorm's gradient would be missing. Off the grid the rounding errors average out. Twice the golden
-# section spreads the 128 mantissas of bf16 most evenly between the grid points.
-DITHER = tl.constexpr(1.2360679774997898)
-
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -32,8 +25,9 @@ def to_float(x):
     """x in fp32. bf16 by hand, two to a register: one instruction each, where the compiler takes two."""
     if x.dtype == tl.bfloat16 and not INTERPRETED:
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
-        )
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r", [x], tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return x.to(tl.float32)
 
@@ -89,9 +83,22 @@ def block_channels(block, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def share(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which of how many shares of the pixels this program has, its channels, and which of them there are.
+
+    Blocks of channels are innermost: programs that read the same pixels run side by side, and share them in
+    L2.
+    """
+    blocks = tl.cdiv(C, BLOCK_C)
+    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
+    return tl.program_id(0) // blocks, tl.num_programs(0) // blocks, c, c_ok
+
+
+@triton.jit
 def channel_norm(
-    mean, var, gamma, beta, eps, c, c_ok, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, dtype: tl.constexpr
-):
+    mean, var, gamma, beta, eps, c, c_ok, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
     """mean, scale and shift of the channels c, for `normalise`."""
     m = tl.zeros(c.shape, tl.float32)
     scale = tl.full(c.shape, 1.0, tl.float32)
@@ -128,29 +135,6 @@ def normalise(x, ok, m, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
     else:
         p = to_float(x)
     return activation(p, ACT)
-
-
-@triton.jit
-def lane_position(lane, bands, strips, dil_h, dil_w):
-    """n, row phase, band, column phase and strip of lanes, strips innermost."""
-    strip = lane % strips
-    band = (lane // strips) % bands
-    return lane // (strips * bands), band % dil_h, band // dil_h, strip % dil_w, strip // dil_w
-
-
-@triton.jit
-def load_row(
-    lane, h, ok, c_ok, w, W, dil_w, C: tl.constexpr, COLUMNS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr
-):
-    """The COLUMNS pixels of row h that start at column w, each [LANES, BLOCK_C], 0 outside the image."""
-    row = lane + h.to(tl.int64) * W * C
-    loaded = ()
-    for j in tl.static_range(COLUMNS):
-        column_ok = ok & c_ok
-        if j < FROM or j >= TO:
-            column_ok = column_ok & (w + j * dil_w >= 0) & (w + j * dil_w < W)
-        loaded = loaded + (tl.load(row + j * dil_w * C, mask=column_ok, other=0.0),)
-    return loaded
 
 
 @triton.jit
@@ -198,31 +182,60 @@ def incoming(g, y, ok, gm, gv, my, GMEAN: tl.constexpr, GVAR: tl.constexpr, FACT
 
 
 @triton.jit
-def incoming_row(
-    raw, ok, gm, gv, my, w, OW, dil_w, COLUMNS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
-    GMEAN: tl.constexpr, GVAR: tl.constexpr,
-):
-    """gy of the COLUMNS pixels that load_row loaded of g, and after them of y."""
-    gy = ()
-    for j in tl.static_range(COLUMNS):
-        column_ok = ok
-        if j < FROM or j >= TO:
-            column_ok = ok & (w + j * dil_w >= 0) & (w + j * dil_w < OW)
-        if GVAR:
-            gy = gy + (incoming(raw[j], raw[COLUMNS + j], column_ok, gm, gv, my, GMEAN, GVAR, 1.0),)
-        else:
-            gy = gy + (incoming(raw[j], raw[j], column_ok, gm, gv, my, GMEAN, GVAR, 1.0),)
-    return gy
+def normalise_backward(gz, stored, pre, z, ok, m, scale, NORM: tl.constexpr, ACT: tl.constexpr):
+    """gp = gz * act'(pre), gp * (x - mean), dL/dx = gp * gamma * rstd. gp is 0 where not ok; ok None: gz is.
+    """
+    gp = activation_backward(gz, pre, z, ACT)
+    if NORM:
+        if ok is not None:
+            gp = tl.where(ok, gp, 0.0)
+        return gp, gp * (to_float(stored) - m), gp * scale
+    else:
+        return gp, gp, gp
+
+
+# ---- vectors that one kernel leaves for another ----
 
 
 @triton.jit
-def load_vectors(folded, c, c_ok, C: tl.constexpr):
-    """Three vectors of channels from (3, C)."""
-    return (
-        tl.load(folded + c, mask=c_ok, other=0.0),
-        tl.load(folded + C + c, mask=c_ok, other=0.0),
-        tl.load(folded + 2 * C + c, mask=c_ok, other=0.0),
-    )
+def store_vectors(folded, c, c_ok, C, first, second, third):
+    """Three vectors of channels into (3, C)."""
+    tl.store(folded + c, first, mask=c_ok)
+    tl.store(folded + C + c, second, mask=c_ok)
+    tl.store(folded + 2 * C + c, third, mask=c_ok)
+
+
+@triton.jit
+def load_vectors(folded, c, c_ok, C: tl.constexpr, GIVEN: tl.constexpr):
+    """Three vectors of channels from (3, C); without GIVEN nothing that will be used."""
+    if GIVEN:
+        return (
+            tl.load(folded + c, mask=c_ok, other=0.0),
+            tl.load(folded + C + c, mask=c_ok, other=0.0),
+            tl.load(folded + 2 * C + c, mask=c_ok, other=0.0),
+        )
+    else:
+        return c, c, c
+
+
+@triton.jit
+def store_sums(sums, group, groups, c, c_ok, C: tl.constexpr, sum1, sum2):
+    """This program's sums of gp and of gp * (x - mean), [1, BLOCK_C], into (2, groups, C)."""
+    tl.store(sums + group * C + c, sum1, mask=c_ok)
+    tl.store(sums + (groups + group) * C + c, sum2, mask=c_ok)
+
+
+@triton.jit
+def store_statistics(stats, group, groups, c, c_ok, C: tl.constexpr, count, mean, m2):
+    """This program's count, mean and sum of squared deviations, [1, BLOCK_C], into (3, groups, C)."""
+    out = stats + group.to(tl.int64) * C + c
+    plane = groups.to(tl.int64) * C
+    tl.store(out, count + tl.zeros(c.shape, tl.float32), mask=c_ok)
+    tl.store(out + plane, mean, mask=c_ok)
+    tl.store(out + 2 * plane, m2, mask=c_ok)
+
+
+# ---- statistics ----
 
 
 @triton.jit
@@ -250,6 +263,57 @@ def measure_tile(values, ok, n, count, mean, m2):
     delta = tl.sum(away, 0)[None, :] / n
     squares = tl.sum(away * away, 0)[None, :] - n * delta * delta
     return merge_statistics(count, mean, m2, n, delta, squares)
+
+
+# ---- tiles of a (P, C) matrix ----
+
+
+@triton.jit
+def pixels(tile, P, BLOCK_P: tl.constexpr):
+    """The first pixel of a tile (64-bit; within a tile 32 bits do), and how many there are from it on."""
+    return tl.cast(tile, tl.int64) * BLOCK_P, P - tl.cast(tile, P.dtype) * BLOCK_P
+
+
+@triton.jit
+def load_tile(x, left, c, c_ok, C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The channels c of the pixels from x on, 0 beyond `left` of them."""
+    p = tl.arange(0, BLOCK_P)[:, None]
+    return tl.load(x + (p * C + c), mask=(p < left) & c_ok, other=0.0)
+
+
+@triton.jit
+def store_tile(y, values, left, c, c_ok, C: tl.constexpr, BLOCK_P: tl.constexpr):
+    p = tl.arange(0, BLOCK_P)[:, None]
+    tl.store(y + (p * C + c), values, mask=(p < left) & c_ok)
+
+
+@triton.jit
+def store_measured(
+    y, acc, left, c, c_ok, count, mean, m2, C: tl.constexpr, BLOCK_P: tl.constexpr, MEASURE: tl.constexpr
+):
+    """Stores acc; returns count, mean and sum of squared deviations with its pixels among them."""
+    out, stored = rounded(acc, y.dtype.element_ty)
+    store_tile(y, out, left, c, c_ok, C, BLOCK_P)
+    if MEASURE:
+        n = tl.minimum(left, BLOCK_P).to(tl.float32)
+        count, mean, m2 = measure_tile(stored, tl.arange(0, BLOCK_P)[:, None] < left, n, count, mean, m2)
+    return count, mean, m2
+
+
+@triton.jit
+def incoming_tile(
+    g, y, gm, gv, my, left, o, o_ok, O: tl.constexpr, BLOCK_P: tl.constexpr, MASKED: tl.constexpr,
+    GMEAN: tl.constexpr, GVAR: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """FACTOR * gy of a tile, in g's dtype for the tensor cores; with MASKED 0 beyond `left` pixels."""
+    mine = load_tile(g, left, o, o_ok, O, BLOCK_P)
+    other = mine
+    if GVAR:
+        other = load_tile(y, left, o, o_ok, O, BLOCK_P)
+    ok = None
+    if MASKED:
+        ok = tl.arange(0, BLOCK_P)[:, None] < left
+    return incoming(mine, other, ok, gm, gv, my, GMEAN, GVAR, FACTOR).to(g.dtype.element_ty)
 
 
 @triton.jit

@@ -17,9 +17,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnops.triton.common import DITHER, block_channels, channel_incoming, incoming, measure_tile, to_float
+from mnops.triton.common import (
+    channel_incoming,
+    incoming,
+    load_tile,
+    measure_tile,
+    pixels,
+    share,
+    store_statistics,
+    to_float,
+)
 from mnops.triton.finish import finish_statistics
-from mnops.triton.launch import cdiv, empty_nhwc, launch, multiprocessors, nhwc, precision, restored, vectors
+from mnops.triton.launch import (
+    cdiv,
+    dither,
+    empty_nhwc,
+    incoming_arguments,
+    launch,
+    multiprocessors,
+    nhwc,
+    precision,
+    restored,
+)
 from mnops.triton.norm_act import PROGRAMS, WARPS, block, norm_act
 from mnops.triton.norm_act import backward as norm_act_gradients
 
@@ -30,21 +49,16 @@ def statistics_kernel(
     stats,  # (3, programs of a channel block, C): count, mean, sum of squared deviations
     P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
+    group, groups, c, c_ok = share(C, BLOCK_C)
     count = 0.0
     mean = tl.zeros([1, BLOCK_C], tl.float32)
     m2 = tl.zeros([1, BLOCK_C], tl.float32)
     for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
-        p = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-        values = to_float(tl.load(y + p * C + c, mask=(p < P) & c_ok, other=0.0))
-        n = tl.minimum(P - tile * BLOCK_P, BLOCK_P).to(tl.float32)
-        count, mean, m2 = measure_tile(values, p < P, n, count, mean, m2)
-    out = stats + group * C + c
-    tl.store(out, count + tl.zeros([1, BLOCK_C], tl.float32), mask=c_ok)
-    tl.store(out + groups * C, mean, mask=c_ok)
-    tl.store(out + 2 * groups * C, m2, mask=c_ok)
+        first, left = pixels(tile, P, BLOCK_P)
+        values = to_float(load_tile(y + first * C, left, c, c_ok, C, BLOCK_P))
+        n = tl.minimum(left, BLOCK_P).to(tl.float32)
+        count, mean, m2 = measure_tile(values, tl.arange(0, BLOCK_P)[:, None] < left, n, count, mean, m2)
+    store_statistics(stats, group, groups, c, c_ok, C, count, mean, m2)
 
 
 @triton.jit(do_not_specialize=["P", "values"])
@@ -52,13 +66,14 @@ def incoming_kernel(
     g, y,  # (P, C)
     g_mean, g_var, mean_y,  # (C,)
     gy,  # (P, C): FACTOR times gy
-    P, values, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr,
-    FACTOR: tl.constexpr,
+    P, values, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, GMEAN: tl.constexpr,
+    GVAR: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
-    gm, gv, my = channel_incoming(g_mean, g_var, mean_y, values, c, c_ok, GMEAN, GVAR, FACTOR, g.dtype.element_ty)
-    p = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    tile, _, c, c_ok = share(C, BLOCK_C)
+    gm, gv, my = channel_incoming(
+        g_mean, g_var, mean_y, values, c, c_ok, GMEAN, GVAR, FACTOR, g.dtype.element_ty
+    )
+    p = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     ok = (p < P) & c_ok
     mine = tl.load(g + p * C + c, mask=ok, other=0.0)
     other = mine
@@ -72,8 +87,8 @@ def incoming_kernel(
 
 
 def better(x: Tensor) -> bool:
-    """Whether a 1x1 convolution of x is BLAS's."""
-    return x.device.type != "cpu" and x.dtype == torch.float32 and precision(x) != "tf32"  # on a CPU: interpreted
+    """Whether a 1x1 convolution of x is BLAS's; on a CPU kernels are interpreted, to be tested."""
+    return x.device.type != "cpu" and x.dtype == torch.float32 and precision(x) != "tf32"
 
 
 def measured(y: Tensor, measure: bool) -> tuple[Tensor, Tensor]:
@@ -86,8 +101,8 @@ def measured(y: Tensor, measure: bool) -> tuple[Tensor, Tensor]:
     groups = min(cdiv(count, block_p), cdiv(PROGRAMS * multiprocessors(y.device), blocks))
     stats = y.new_empty((3, groups, channels), dtype=torch.float32)
     launch(
-        statistics_kernel, (groups * blocks,), warps=WARPS, y=y, stats=stats, P=count, C=channels, BLOCK_P=block_p,
-        BLOCK_C=block_c,
+        statistics_kernel, (groups * blocks,), warps=WARPS, y=y, stats=stats, P=count, C=channels,
+        BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
     return finish_statistics(stats, channels, measure)
 
@@ -101,13 +116,11 @@ def incoming_gradient(
         return g, 1.0
     channels, count = g.shape[1], g.numel() // g.shape[1]
     block_p, block_c = block(channels)
-    gy, factor = empty_nhwc(g, g.shape), 1.0 if g.dtype == torch.float32 else DITHER.value
-    g_mean, g_var = vectors(g_mean, g_var)
+    gy, factor = empty_nhwc(g, g.shape), dither(g, g_mean, g_var)
     launch(
-        incoming_kernel, (cdiv(count, block_p) * cdiv(channels, block_c),), warps=WARPS, g=g,
-        y=None if g_var is None else nhwc(y), g_mean=g_mean, g_var=g_var, mean_y=mean_y, gy=gy, P=count,
-        values=count, C=channels, BLOCK_P=block_p, BLOCK_C=block_c, GMEAN=g_mean is not None,
-        GVAR=g_var is not None, FACTOR=factor,
+        incoming_kernel, (cdiv(count, block_p) * cdiv(channels, block_c),), warps=WARPS, gy=gy, P=count,
+        values=count, C=channels, BLOCK_P=block_p, BLOCK_C=block_c, FACTOR=factor,
+        **incoming_arguments(g, g_mean, g_var, y, mean_y),
     )  # fmt: skip
     return gy, factor
 
@@ -121,8 +134,9 @@ def _padded(z: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    eps: float, act: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], measure: bool,
+    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, act: str, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As the reference's convolutions, dense."""
     z = nhwc(x) if mean is None and act == "none" else norm_act(nhwc(x), mean, var, gamma, beta, eps, act)
@@ -132,9 +146,10 @@ def forward(
 
 
 def backward(
-    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
-    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], need_input: bool, need_weight: bool,
+    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor,
+    weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, act: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not (need_input or need_weight):
         return tuple(x.new_empty(0, dtype=t.dtype) for t in (x, weight)) + tuple(
@@ -145,7 +160,9 @@ def backward(
     z = x_in if mean is None and act == "none" else norm_act(x_in, *pending)
     z, sides = _padded(z, padding)
     gz, gw, _ = torch.ops.aten.convolution_backward(
-        gy, z, weight.to(z.dtype), None, stride, sides, dilation, False, [0, 0], 1, [need_input, need_weight, False]
+        gy, z, weight.to(z.dtype), None, stride, sides, dilation, False, [0, 0], 1, [
+            need_input, need_weight, False
+        ]
     )
     dweight = gw.to(weight.dtype).contiguous() / factor if need_weight else weight.new_empty(0)
     if not need_input:

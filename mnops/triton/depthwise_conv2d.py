@@ -1,8 +1,18 @@
-"""depthwise_conv2d forward and its one-kernel backward."""
+"""depthwise_conv2d forward and its one-kernel backward.
+
+    forward    reads x, writes y                    C channels: the floor
+    backward   reads g, y, x, writes dx             the floor; dweight and the channel sums stay in registers
+
+Lanes slide down a band of rows (`lanes.py`). Forward, each input row adds to the OPEN output rows that it
+touches; a row of y is stored when its last input row has been. Backward, around a cell of stride x stride
+input pixels the same K x K vectors of gy feed both gradients: gz += tap * gy, dtap += z * gy.
+
+Bound by memory: 18 multiply-adds for four streams. It loses where an image is a few pixels wide: strips of 4
+columns are then partly masked.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -10,30 +20,49 @@ import triton.language as tl
 from torch import Tensor
 
 from mnops import reference
-from mnops.triton import tune
+from mnops.triton import tiles, tune
 from mnops.triton.common import (
     ACTS,
     NONE,
     activation,
-    activation_backward,
     channel_incoming,
-    block_channels,
     channel_norm,
-    incoming_row,
-    lane_position,
-    load_row,
-    normalise,
+    normalise_backward,
     rounded,
-    to_float,
+    share,
+    store_statistics,
 )
 from mnops.triton.finish import finish_statistics, finish_sums
-from mnops.triton.launch import cdiv, empty_nhwc, launch, multiprocessors, nhwc, out_size, restored, vectors
+from mnops.triton.lanes import (
+    always_inside,
+    cells,
+    cut,
+    in_row,
+    incoming_row,
+    lane_position,
+    load_incoming,
+    load_rows,
+    merge_lanes,
+    normalise_rows,
+)
+from mnops.triton.launch import (
+    cdiv,
+    empty_nhwc,
+    incoming_arguments,
+    launch,
+    multiprocessors,
+    nhwc,
+    norm_arguments,
+    out_size,
+    restored,
+)
 
 WIDEST = 7  # kernel; the taps live in registers
-MOST_GROUPS = 1024  # programs of a channel block: rows of the second stage
 
 
-@triton.jit(do_not_specialize=["lanes", "bands", "strips", "H", "W", "OH", "OW", "pad_top", "pad_left", "BAND"])
+@triton.jit(
+    do_not_specialize=["lanes", "bands", "strips", "H", "W", "OH", "OW", "pad_top", "pad_left", "BAND"]
+)
 def depthwise_conv2d_kernel(
     x,  # (N, H, W, C)
     weight,  # (C, K, K)
@@ -47,21 +76,21 @@ def depthwise_conv2d_kernel(
     C: tl.constexpr, K: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     STRIP: tl.constexpr,  # output columns of a lane
     LANES: tl.constexpr, BLOCK_C: tl.constexpr,
-    IN_FROM: tl.constexpr, IN_TO: tl.constexpr,  # input columns of a strip that no strip has outside the image
+    IN_FROM: tl.constexpr, IN_TO: tl.constexpr,  # input columns of a strip that no strip has outside
     OUT_TO: tl.constexpr,  # output columns of a strip that every strip has
     NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACT: tl.constexpr, MEASURE: tl.constexpr,
-):
+):  # fmt: skip
     NEW: tl.constexpr = min(K, STRIDE_H)
     SEEN: tl.constexpr = K - NEW
     OPEN: tl.constexpr = (K + STRIDE_H - 1) // STRIDE_H
     COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE_W + K
-    blocks = tl.cdiv(C, BLOCK_C)
-    group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
+    group, groups, c, c_ok = share(C, BLOCK_C)
     taps = ()
     for q in tl.static_range(K * K):
         taps = taps + (tl.load(weight + c * (K * K) + q, mask=c_ok, other=0.0).to(tl.float32),)
-    m, scale, shift = channel_norm(mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty)
+    m, scale, shift = channel_norm(
+        mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty
+    )
 
     count = tl.zeros([LANES, 1], tl.float32)
     pivot = tl.zeros([LANES, BLOCK_C], tl.float32)
@@ -79,7 +108,7 @@ def depthwise_conv2d_kernel(
         x_lane = x + n.to(tl.int64) * H * W * C + in_w * C + c
         y_lane = y + n.to(tl.int64) * OH * OW * C + first_w * C + c
 
-        if MEASURE:  # settled before the rows: count is one value a lane, and would have to change hands in the loop
+        if MEASURE:  # before the rows: count is one value a lane, and would have to change hands in the loop
             width = tl.minimum(tl.cdiv(OW - first_w, dil_w), STRIP)
             height = tl.minimum(tl.maximum(tl.cdiv(OH - out_h, dil_h), 0), BAND)
             inside = tl.where(lane_ok, width * height, 0).to(tl.float32)
@@ -87,29 +116,21 @@ def depthwise_conv2d_kernel(
             count += inside
 
         partial = ()
-        for i in tl.static_range((OPEN - 1) * STRIP):
+        for _ in tl.static_range((OPEN - 1) * STRIP):
             partial = partial + (tl.zeros([LANES, BLOCK_C], tl.float32),)
-        raw = ()
-        for t in tl.static_range(NEW):
-            h = in_h + dil_h * (STRIDE_H * (1 - OPEN) + t)
-            ok = lane_ok & (h >= 0) & (h < H)
-            raw = raw + load_row(x_lane, h, ok, c_ok, in_w, W, dil_w, C, COLUMNS, IN_FROM, IN_TO)
+        h = in_h + dil_h * STRIDE_H * (1 - OPEN)
+        raw = load_rows(x_lane, h, H, lane_ok, c_ok, in_w, W, dil_h, dil_w, C, NEW, COLUMNS, IN_FROM, IN_TO)
         for i in range(1 - OPEN, BAND):
-            now = raw
-            raw = ()
-            for t in tl.static_range(NEW):
-                h = in_h + dil_h * (STRIDE_H * (i + 1) + t)
-                ok = lane_ok & (h >= 0) & (h < stop_h)
-                raw = raw + load_row(x_lane, h, ok, c_ok, in_w, W, dil_w, C, COLUMNS, IN_FROM, IN_TO)
-            z = ()
-            for t in tl.static_range(NEW):
-                h = in_h + dil_h * (STRIDE_H * i + t)
-                row_ok = (h >= 0) & (h < H)
-                for j in tl.static_range(COLUMNS):
-                    ok = row_ok
-                    if j < IN_FROM or j >= IN_TO:
-                        ok = row_ok & (in_w + j * dil_w >= 0) & (in_w + j * dil_w < W)
-                    z = z + (normalise(now[t * COLUMNS + j], ok, m, scale, shift, NORM, ACT),)
+            now = raw  # the rows after it are under way while it is worked on
+            h = in_h + dil_h * STRIDE_H * (i + 1)
+            raw = load_rows(
+                x_lane, h, stop_h, lane_ok, c_ok, in_w, W, dil_h, dil_w, C, NEW, COLUMNS, IN_FROM, IN_TO
+            )
+            h = in_h + dil_h * STRIDE_H * i
+            z = normalise_rows(
+                now, h, lane_ok, m, scale, shift, in_w, H, W, dil_h, dil_w, NEW, COLUMNS, IN_FROM, IN_TO,
+                NORM, ACT,
+            )  # fmt: skip
             rows = ()
             for r in tl.static_range(OPEN):
                 for j in tl.static_range(STRIP):
@@ -120,7 +141,8 @@ def depthwise_conv2d_kernel(
                     for t in tl.static_range(NEW):
                         if SEEN + t - STRIDE_H * r >= 0:
                             for k in tl.static_range(K):
-                                acc += z[t * COLUMNS + j * STRIDE_W + k] * taps[(SEEN + t - STRIDE_H * r) * K + k]
+                                tap = taps[(SEEN + t - STRIDE_H * r) * K + k]
+                                acc += z[t * COLUMNS + j * STRIDE_W + k] * tap
                     rows = rows + (acc,)
             if i >= 0:
                 h = out_h + dil_h * i
@@ -150,24 +172,14 @@ def depthwise_conv2d_kernel(
                 tail = tail + (rows[STRIP + q],)
             partial = tail
     if MEASURE:
-        n_lane = tl.maximum(count, 1.0)
-        total = tl.sum(count, 0)[:, None]
-        n_all = tl.maximum(total, 1.0)
-        mean_all = tl.sum(count * (pivot + sum1 / n_lane), 0)[None, :] / n_all
-        away = (pivot - mean_all) + sum1 / n_lane  # in this order the rounding of a large mean drops out
-        shift = tl.sum(count * away, 0)[None, :] / n_all
-        away -= shift
-        m2 = tl.sum(sum2 - sum1 * sum1 / n_lane + count * away * away, 0)[None, :]
-        out = stats + group.to(tl.int64) * C + c
-        tl.store(out, total + tl.zeros([1, BLOCK_C], tl.float32), mask=c_ok)
-        tl.store(out + groups.to(tl.int64) * C, mean_all + shift, mask=c_ok)
-        tl.store(out + 2 * groups.to(tl.int64) * C, m2, mask=c_ok)
+        count, mean_y, m2 = merge_lanes(count, pivot, sum1, sum2)
+        store_statistics(stats, group, groups, c, c_ok, C, count, mean_y, m2)
 
 
 @triton.jit(
     do_not_specialize=[
-        "lanes", "bands", "strips", "first_row", "first_column", "H", "W", "OH", "OW", "pad_top", "pad_left", "BAND",
-        "values",
+        "lanes", "bands", "strips", "first_row", "first_column", "H", "W", "OH", "OW", "pad_top", "pad_left",
+        "BAND", "values",
     ]
 )  # fmt: skip
 def depthwise_conv2d_backward_kernel(
@@ -192,14 +204,12 @@ def depthwise_conv2d_backward_kernel(
     NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACT: tl.constexpr,
     GMEAN: tl.constexpr, GVAR: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_WEIGHT: tl.constexpr,
     UNROLL: tl.constexpr,
-):
+):  # fmt: skip
     OPEN_H: tl.constexpr = (K + STRIDE_H - 1) // STRIDE_H
     OPEN_W: tl.constexpr = (K + STRIDE_W - 1) // STRIDE_W
     WINDOW: tl.constexpr = STRIP + OPEN_W - 1
     COLUMNS: tl.constexpr = STRIP * STRIDE_W
-    blocks = tl.cdiv(C, BLOCK_C)
-    group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
+    group, groups, c, c_ok = share(C, BLOCK_C)
     taps = ()
     dtaps = ()
     for q in tl.static_range(K * K):
@@ -207,8 +217,12 @@ def depthwise_conv2d_backward_kernel(
             taps = taps + (tl.load(weight + c * (K * K) + q, mask=c_ok, other=0.0).to(tl.float32),)
         if NEED_WEIGHT:
             dtaps = dtaps + (tl.zeros([LANES, BLOCK_C], tl.float32),)
-    m, scale, shift = channel_norm(mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty)
-    gm, gv, my = channel_incoming(g_mean, g_var, mean_y, values, c, c_ok, GMEAN, GVAR, 1.0, x.dtype.element_ty)
+    m, scale, shift = channel_norm(
+        mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty
+    )
+    gm, gv, my = channel_incoming(
+        g_mean, g_var, mean_y, values, c, c_ok, GMEAN, GVAR, 1.0, x.dtype.element_ty
+    )
 
     sum1 = tl.zeros([LANES, BLOCK_C], tl.float32)
     sum2 = tl.zeros([LANES, BLOCK_C], tl.float32)
@@ -226,62 +240,55 @@ def depthwise_conv2d_backward_kernel(
         out_lane = n.to(tl.int64) * OH * OW * C + out_w * C + c
         in_lane = n.to(tl.int64) * H * W * C + in_w * C + c
 
-        window = ()
+        window = ()  # gy of the OPEN_H rows of outputs that a row of cells meets
         for i in tl.static_range(OPEN_H - 1):
             h = out_h + dil_h * (i - (OPEN_H - 1))
-            ok = lane_ok & (h >= 0) & (h < OH)
-            raw = load_row(g + out_lane, h, ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM, OUT_TO)
-            if GVAR:
-                raw = raw + load_row(y + out_lane, h, ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM, OUT_TO)
-            window = window + incoming_row(raw, ok, gm, gv, my, out_w, OW, dil_w, WINDOW, OUT_FROM, OUT_TO, GMEAN, GVAR)
-        ok = lane_ok & (out_h >= 0) & (out_h < OH)
-        raw = load_row(g + out_lane, out_h, ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM, OUT_TO)
-        if GVAR:
-            raw = raw + load_row(y + out_lane, out_h, ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM, OUT_TO)
-        raw_x = ()
-        for e in tl.static_range(STRIDE_H):
-            h = in_h + dil_h * e
-            ok = lane_ok & (h >= 0) & (h < H)
-            raw_x = raw_x + load_row(x + in_lane, h, ok, c_ok, in_w, W, dil_w, C, COLUMNS, IN_FROM, IN_TO)
-
+            raw = load_incoming(
+                g + out_lane, y + out_lane, h, OH, lane_ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM,
+                OUT_TO, GVAR,
+            )  # fmt: skip
+            window = window + incoming_row(
+                raw, h, lane_ok, gm, gv, my, out_w, OH, OW, dil_w, WINDOW, OUT_FROM, OUT_TO, GMEAN, GVAR
+            )
+        raw = load_incoming(
+            g + out_lane, y + out_lane, out_h, OH, lane_ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM,
+            OUT_TO, GVAR,
+        )  # fmt: skip
+        raw_x = load_rows(
+            x + in_lane, in_h, H, lane_ok, c_ok, in_w, W, dil_h, dil_w, C, STRIDE_H, COLUMNS, IN_FROM, IN_TO
+        )
         for i in tl.range(0, BAND, loop_unroll_factor=UNROLL):
-            now = raw
-            now_x = raw_x
+            now, now_x = raw, raw_x
             h = out_h + dil_h * (i + 1)
-            ok = lane_ok & (h >= 0) & (h < stop_out)
-            raw = load_row(g + out_lane, h, ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM, OUT_TO)
-            if GVAR:
-                raw = raw + load_row(y + out_lane, h, ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM, OUT_TO)
-            raw_x = ()
-            for e in tl.static_range(STRIDE_H):
-                h = in_h + dil_h * (STRIDE_H * (i + 1) + e)
-                ok = lane_ok & (h >= 0) & (h < stop_in)
-                raw_x = raw_x + load_row(x + in_lane, h, ok, c_ok, in_w, W, dil_w, C, COLUMNS, IN_FROM, IN_TO)
-
-            h = out_h + dil_h * i
-            ok = lane_ok & (h >= 0) & (h < OH)
-            window = window + incoming_row(now, ok, gm, gv, my, out_w, OW, dil_w, WINDOW, OUT_FROM, OUT_TO, GMEAN, GVAR)
-            pre = ()
+            raw = load_incoming(
+                g + out_lane, y + out_lane, h, stop_out, lane_ok, c_ok, out_w, OW, dil_w, C, WINDOW, OUT_FROM,
+                OUT_TO, GVAR,
+            )  # fmt: skip
+            h = in_h + dil_h * STRIDE_H * (i + 1)
+            raw_x = load_rows(
+                x + in_lane, h, stop_in, lane_ok, c_ok, in_w, W, dil_h, dil_w, C, STRIDE_H, COLUMNS, IN_FROM,
+                IN_TO,
+            )  # fmt: skip
+            window = window + incoming_row(
+                now, out_h + dil_h * i, lane_ok, gm, gv, my, out_w, OH, OW, dil_w, WINDOW, OUT_FROM, OUT_TO,
+                GMEAN, GVAR,
+            )  # fmt: skip
+            pre = normalise_rows(
+                now_x, in_h + dil_h * STRIDE_H * i, lane_ok, m, scale, shift, in_w, H, W, dil_h, dil_w,
+                STRIDE_H, COLUMNS, IN_FROM, IN_TO, NORM, NONE,
+            )  # fmt: skip
             z = ()
-            for e in tl.static_range(STRIDE_H):
-                h = in_h + dil_h * (STRIDE_H * i + e)
-                row_ok = lane_ok & (h >= 0) & (h < H)
-                for j in tl.static_range(COLUMNS):
-                    ok = row_ok
-                    if j < IN_FROM or j >= IN_TO:
-                        ok = row_ok & (in_w + j * dil_w >= 0) & (in_w + j * dil_w < W)
-                    p = normalise(now_x[e * COLUMNS + j], ok, m, scale, shift, NORM, NONE)
-                    pre = pre + (p,)
-                    z = z + (activation(p, ACT),)
+            for q in tl.static_range(STRIDE_H * COLUMNS):
+                z = z + (activation(pre[q], ACT),)
             if NEED_WEIGHT:
                 updated = ()
                 for q in tl.static_range(K * K):
                     acc = dtaps[q]
                     for j in tl.static_range(STRIP):
-                        acc += (
-                            z[(q // K % STRIDE_H) * COLUMNS + j * STRIDE_W + q % K % STRIDE_W]
-                            * window[(OPEN_H - 1 - q // K // STRIDE_H) * WINDOW + j + OPEN_W - 1 - q % K // STRIDE_W]
-                        )
+                        gy = window[
+                            (OPEN_H - 1 - q // K // STRIDE_H) * WINDOW + j + OPEN_W - 1 - q % K // STRIDE_W
+                        ]
+                        acc += z[(q // K % STRIDE_H) * COLUMNS + j * STRIDE_W + q % K % STRIDE_W] * gy
                     updated = updated + (acc,)
                 dtaps = updated
             if NEED_INPUT:
@@ -300,17 +307,16 @@ def depthwise_conv2d_backward_kernel(
                                         taps[(e + STRIDE_H * a) * K + j % STRIDE_W + STRIDE_W * b]
                                         * window[(OPEN_H - 1 - a) * WINDOW + j // STRIDE_W + OPEN_W - 1 - b]
                                     )
-                        ok = row_ok
-                        if j < IN_FROM or j >= IN_TO:
-                            ok = row_ok & (in_w + j * dil_w >= 0) & (in_w + j * dil_w < W)
-                        gp = activation_backward(gz, pre[e * COLUMNS + j], z[e * COLUMNS + j], ACT)
+                        ok = in_row(row_ok, in_w, W, dil_w, j, IN_FROM, IN_TO)
+                        inside = ok if j < IN_FROM or j >= IN_TO else None
+                        gp, gp_away, gx = normalise_backward(
+                            gz, now_x[e * COLUMNS + j], pre[e * COLUMNS + j], z[e * COLUMNS + j], inside, m,
+                            scale, NORM, ACT,
+                        )  # fmt: skip
                         if NORM:
-                            if j < IN_FROM or j >= IN_TO:
-                                gp = tl.where(ok, gp, 0.0)
                             row1 += gp
-                            row2 += gp * (to_float(now_x[e * COLUMNS + j]) - m)
-                            gp = gp * scale
-                        tl.store(dx_row + j * dil_w * C, gp.to(dx.dtype.element_ty), mask=ok & c_ok)
+                            row2 += gp_away
+                        tl.store(dx_row + j * dil_w * C, gx.to(dx.dtype.element_ty), mask=ok & c_ok)
                     if NORM:
                         sum1 += tl.where(row_ok, row1, 0.0)
                         sum2 += tl.where(row_ok, row2, 0.0)
@@ -331,57 +337,10 @@ def depthwise_conv2d_backward_kernel(
 # ---- host ----
 
 
-class Tile(NamedTuple):
-    """What a program of a depthwise kernel works on at a time."""
-
-    strip: int  # neighbouring output pixels (backward: cells of stride x stride input pixels) of a lane
-    vector: int  # channels of a thread
-    block_c: int  # channels of a program
-    band: int = 14  # rows of a lane, at most
-    unroll: int = 1
-    warps: int = 4
-    programs: int = 8  # a multiprocessor
-
-    @property
-    def lanes(self) -> int:
-        return max(1, 32 * self.warps * self.vector // self.block_c)
-
-
-class Cut(NamedTuple):
-    """How rows and columns are cut into lanes."""
-
-    bands: int
-    strips: int
-    band: int
-    lanes: int
-    groups: int
-    blocks: int
-
-
-def _cut(n: int, rows: int, columns: int, dilation: Sequence[int], channels: int, tile: Tile, mp: int) -> Cut:
-    """rows, columns: of one dilation phase. Bands get shorter where the device would not be full."""
-    strips = dilation[1] * cdiv(columns, tile.strip)
-    blocks = cdiv(channels, tile.block_c)
-    full = 4 * mp * tile.lanes  # four programs a multiprocessor
-    wanted = cdiv(full, max(1, n * strips * blocks * dilation[0]))
-    bands = max(cdiv(rows, tile.band), min(wanted, cdiv(rows, 4)))
-    band = cdiv(rows, bands)
-    bands = dilation[0] * cdiv(rows, band)
-    lanes = n * bands * strips
-    groups = min(cdiv(lanes, tile.lanes), cdiv(tile.programs * mp, blocks), MOST_GROUPS)
-    return Cut(bands, strips, band, lanes, groups, blocks)
-
-
-def _always_inside(first: int, last: int, count: int, step: int, size: int) -> tuple[int, int]:
-    """Which of `count` pixels, `step` apart, are in [0, size) for every strip, which start at first to last.
-    """
-    start, stop = max(0, cdiv(-first, step)), min(count, (size - 1 - last) // step + 1)
-    return (start, stop) if start < stop else (0, 0)
-
-
 def depthwise_conv2d(
-    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    eps: float, act: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], measure: bool,
+    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, act: str, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not _serves(x, weight):
         return reference.depthwise_conv2d(
@@ -390,8 +349,10 @@ def depthwise_conv2d(
     args = x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure
     kernel = weight.shape[2]
     shape = x.dtype, *x.shape[1:], kernel, *stride, *dilation
-    tiles = forward_tiles(x.shape[1], kernel)
-    return forward(*args, tune.best("depthwise_conv2d", shape, x, tiles, lambda tile: forward(*args, tile)))
+    candidates = tiles.depthwise(x.shape[1], kernel, x.element_size())
+    return forward(
+        *args, tune.best("depthwise_conv2d", shape, x, candidates, lambda tile: forward(*args, tile))
+    )
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
@@ -403,39 +364,39 @@ def forward(x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilati
     kernel = weight.shape[2]
     out_h, out_w = out_size(height, width, kernel, stride, padding, dilation)
     columns = cdiv(out_w, dilation[1])
-    cut = _cut(n, cdiv(out_h, dilation[0]), columns, dilation, channels, tile, multiprocessors(x.device))
+    lanes = cut(n, cdiv(out_h, dilation[0]), columns, dilation, channels, tile, multiprocessors(x.device))
     # the first output column of the last strip in the last dilation phase
     last = dilation[1] - 1 + dilation[1] * tile.strip * (cdiv(columns, tile.strip) - 1)
     reach = (tile.strip - 1) * stride[1] + kernel
-    in_from, in_to = _always_inside(-padding[2], last * stride[1] - padding[2], reach, dilation[1], width)
-    _, out_to = _always_inside(0, last, tile.strip, dilation[1], out_w)
+    in_from, in_to = always_inside(-padding[2], last * stride[1] - padding[2], reach, dilation[1], width)
+    _, out_to = always_inside(0, last, tile.strip, dilation[1], out_w)
     y = empty_nhwc(x, (n, channels, out_h, out_w))
-    stats = x.new_empty((3, cut.groups, channels) if measure else 0, dtype=torch.float32)
-    mean, var, gamma, beta = vectors(mean, var, gamma, beta)
+    stats = x.new_empty((3, lanes.groups, channels) if measure else 0, dtype=torch.float32)
     launch(
-        depthwise_conv2d_kernel, (cut.groups * cut.blocks,), warps=tile.warps,
-        x=nhwc(x), weight=weight.contiguous(), mean=mean, var=var, gamma=gamma, beta=beta, y=y, stats=stats,
-        lanes=cut.lanes, bands=cut.bands, strips=cut.strips, H=height, W=width, OH=out_h, OW=out_w,
-        pad_top=padding[0], pad_left=padding[2], dil_h=dilation[0], dil_w=dilation[1], BAND=cut.band, eps=eps,
-        C=channels, K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], STRIP=tile.strip, LANES=tile.lanes,
-        BLOCK_C=tile.block_c, IN_FROM=in_from, IN_TO=in_to, OUT_TO=out_to, NORM=mean is not None,
-        GAMMA=gamma is not None, BETA=beta is not None, ACT=ACTS[act], MEASURE=measure,
+        depthwise_conv2d_kernel, (lanes.groups * lanes.blocks,), warps=tile.warps,
+        x=nhwc(x), weight=weight.contiguous(), y=y, stats=stats,
+        lanes=lanes.lanes, bands=lanes.bands, strips=lanes.strips, H=height, W=width, OH=out_h, OW=out_w,
+        pad_top=padding[0], pad_left=padding[2], dil_h=dilation[0], dil_w=dilation[1], BAND=lanes.band,
+        eps=eps, C=channels, K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], STRIP=tile.strip,
+        LANES=tile.lanes, BLOCK_C=tile.block_c, IN_FROM=in_from, IN_TO=in_to, OUT_TO=out_to, ACT=ACTS[act],
+        MEASURE=measure, **norm_arguments(mean, var, gamma, beta),
     )  # fmt: skip
     return restored(y, x), *finish_statistics(stats, channels, measure)
 
 
 def depthwise_conv2d_backward(
-    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
-    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], need_input: bool, need_weight: bool,
+    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor,
+    weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, act: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     # With a common factor of stride and dilation, the phases of the output meet in some pixels of the input
     # and miss the others: a plan of its own, for a shape that no network was seen to have.
     phases_part = all(math.gcd(s, d) == 1 for s, d in zip(stride, dilation))
     if not (_serves(x, weight) and phases_part and (need_input or need_weight)):
         return reference.depthwise_conv2d_backward(
-            g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation,
-            need_input, need_weight,
+            g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, stride, padding,
+            dilation, need_input, need_weight,
         )  # fmt: skip
     args = (
         g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation,
@@ -443,8 +404,12 @@ def depthwise_conv2d_backward(
     )  # fmt: skip
     kernel = weight.shape[2]
     shape = x.dtype, *x.shape[1:], kernel, *stride, *dilation
-    tiles = backward_tiles(x.shape[1], kernel)
-    return backward(*args, tune.best("depthwise_conv2d_backward", shape, x, tiles, lambda tile: backward(*args, tile)))
+    candidates = tiles.depthwise_backward(x.shape[1], kernel, stride[1], x.element_size())
+    return backward(
+        *args, tune.best(
+            "depthwise_conv2d_backward", shape, x, candidates, lambda tile: backward(*args, tile)
+        )
+    )
 
 
 def backward(
@@ -453,75 +418,34 @@ def backward(
 ):  # fmt: skip
     n, channels, height, width = x.shape
     kernel, (out_h, out_w) = weight.shape[2], g.shape[2:]
-    first_row, rows = _cells(height, padding[0], stride[0], dilation[0])
-    first_column, columns = _cells(width, padding[2], stride[1], dilation[1])
-    cut = _cut(n, rows, columns, dilation, channels, tile, multiprocessors(x.device))
+    first_row, rows = cells(height, padding[0], stride[0], dilation[0])
+    first_column, columns = cells(width, padding[2], stride[1], dilation[1])
+    lanes = cut(n, rows, columns, dilation, channels, tile, multiprocessors(x.device))
     open_w = cdiv(kernel, stride[1])
     last = first_column + tile.strip * (cdiv(columns, tile.strip) - 1)  # first cell of the last strip
-    out_from, out_to = _always_inside(
+    out_from, out_to = always_inside(
         dilation[1] * (first_column - open_w + 1), dilation[1] - 1 + dilation[1] * (last - open_w + 1),
         tile.strip + open_w - 1, dilation[1], out_w,
     )  # fmt: skip
-    in_from, in_to = _always_inside(
+    in_from, in_to = always_inside(
         dilation[1] * stride[1] * first_column - padding[2],
         (dilation[1] - 1) * stride[1] + dilation[1] * stride[1] * last - padding[2],
         tile.strip * stride[1], dilation[1], width,
     )  # fmt: skip
-    given = mean, var, gamma, beta = vectors(mean, var, gamma, beta)
-    taps = kernel * kernel
-    sums = x.new_empty((taps + 2, cut.groups, channels), dtype=torch.float32)
+    norm, taps = norm_arguments(mean, var, gamma, beta), kernel * kernel
+    sums = x.new_empty((taps + 2, lanes.groups, channels), dtype=torch.float32)
     dx = empty_nhwc(x, x.shape) if need_input else x.new_empty(0)
     launch(
-        depthwise_conv2d_backward_kernel, (cut.groups * cut.blocks,), warps=tile.warps,
-        g=nhwc(g), y=None if g_var is None else nhwc(y), g_mean=g_mean, g_var=g_var, mean_y=mean_y, x=nhwc(x),
-        weight=weight.contiguous(), mean=mean, var=var, gamma=gamma, beta=beta, dx=dx, sums=sums,
-        lanes=cut.lanes, bands=cut.bands, strips=cut.strips, first_row=first_row, first_column=first_column,
-        H=height, W=width, OH=out_h, OW=out_w, pad_top=padding[0], pad_left=padding[2], dil_h=dilation[0],
-        dil_w=dilation[1], BAND=cut.band, values=n * out_h * out_w, eps=eps, C=channels, K=kernel,
-        STRIDE_H=stride[0], STRIDE_W=stride[1], STRIP=tile.strip, LANES=tile.lanes, BLOCK_C=tile.block_c,
-        IN_FROM=in_from, IN_TO=in_to, OUT_FROM=out_from, OUT_TO=out_to, NORM=mean is not None,
-        GAMMA=gamma is not None, BETA=beta is not None, ACT=ACTS[act], GMEAN=g_mean is not None,
-        GVAR=g_var is not None, NEED_INPUT=need_input, NEED_WEIGHT=need_weight, UNROLL=tile.unroll,
+        depthwise_conv2d_backward_kernel, (lanes.groups * lanes.blocks,), warps=tile.warps,
+        x=nhwc(x), weight=weight.contiguous(), dx=dx, sums=sums,
+        lanes=lanes.lanes, bands=lanes.bands, strips=lanes.strips, first_row=first_row,
+        first_column=first_column, H=height, W=width, OH=out_h, OW=out_w, pad_top=padding[0],
+        pad_left=padding[2], dil_h=dilation[0], dil_w=dilation[1], BAND=lanes.band, values=n * out_h * out_w,
+        eps=eps, C=channels, K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], STRIP=tile.strip,
+        LANES=tile.lanes, BLOCK_C=tile.block_c, IN_FROM=in_from, IN_TO=in_to, OUT_FROM=out_from,
+        OUT_TO=out_to, ACT=ACTS[act], NEED_INPUT=need_input, NEED_WEIGHT=need_weight, UNROLL=tile.unroll,
+        **incoming_arguments(g, g_mean, g_var, y, mean_y), **norm,
     )  # fmt: skip
     dweight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype, device=x.device)
-    vector_grads = finish_sums(sums, dweight, given, eps, taps, need_input, need_weight)
+    vector_grads = finish_sums(sums, dweight, norm, eps, taps, need_input, need_weight)
     return restored(dx, x) if need_input else dx, dweight, *vector_grads
-
-
-def _cells(size: int, before: int, stride: int, dilation: int) -> tuple[int, int]:
-    """The first cell and how many there are, along one dimension, in a dilation phase.
-
-    Phase a of the output, a + dilation * i, meets the padded pixels a * stride + dilation * t, t = stride * i
-    + tap: cell i holds stride of them. The range is that of the phase with most on either side.
-    """
-    first = -(((dilation - 1) * stride - before) // dilation)  # ceil of the smallest t of a pixel in the image
-    last = (size - 1 + before) // dilation
-    return first // stride, last // stride - first // stride + 1
-
-
-# ---- tiles ----
-
-
-def _block_c(channels: int) -> int:
-    """Channels of a program: 32 (64 bytes of bf16, two sectors), 16 where that wastes an eighth less."""
-    return 16 if cdiv(channels, 16) * 16 <= 7 / 8 * cdiv(channels, 32) * 32 else 32
-
-
-def forward_tiles(channels: int, kernel: int) -> list[Tile]:
-    """Candidates, the first guess first.
-
-    Strips of 4 pixels load 6 columns for 4 (3x3), and two channels a thread are 4 or 8 bytes of a row that 16 neighbours
-    load together: 86 to 124 registers, 16 to 20 warps resident (sm_90, bf16). A 7x7 holds 49 taps.
-    """
-    block = _block_c(channels)
-    first = Tile(4, 2, block) if kernel < 7 else Tile(2, 2, block)
-    return list(dict.fromkeys([first, Tile(2, 2, block), Tile(4, 1, block)]))
-
-
-def backward_tiles(channels: int, kernel: int) -> list[Tile]:
-    """As forward_tiles. With both gradients a thread holds the taps and their gradients: 5x5 and 7x7 take less else."""
-    block = _block_c(channels)
-    if kernel >= 7:  # 254 registers; strips of 4, or two channels, spill
-        return [Tile(2, 1, block), Tile(1, 1, block)]
-    first = Tile(4, 2, block) if kernel < 5 else Tile(2, 2, block)  # 5x5: 237 registers, strips of 4 spill
-    return list(dict.fromkeys([first, Tile(2, 2, block), Tile(4, 1, block)]))

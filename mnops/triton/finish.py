@@ -6,6 +6,7 @@ BLOCK_C = 8 channels are one 32-byte sector of a row, and make many programs; RO
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -137,50 +138,53 @@ def finish_statistics(stats: Tensor, channels: int, measure: bool) -> tuple[Tens
 
 
 def finish_sums(
-    sums: Tensor, dweight: Tensor, norm: Sequence[Tensor | None], eps: float, taps: int, need_input: bool,
+    sums: Tensor, dweight: Tensor, norm: dict[str, Any], eps: float, taps: int, need_input: bool,
     need_weight: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Fills dweight (C, taps); returns dmean, dvar, dgamma, dbeta, from sums (taps + 2, groups, C)."""
     _, groups, channels = sums.shape
     grads = vector_grads(sums, norm, channels, need_input)
-    mean, var, gamma, beta = norm
-    planes = taps * need_weight + (need_input and mean is not None)
+    planes = taps * need_weight + (need_input and norm["NORM"])
     if planes:
-        dmean, dvar, dgamma, dbeta = grads
         launch(
-            finish_sums_kernel, (cdiv(channels, BLOCK_C), planes), warps=8, sums=sums, dweight=dweight, var=var,
-            gamma=gamma, dmean=dmean, dvar=dvar, dgamma=dgamma, dbeta=dbeta, eps=eps, groups=groups, C=channels,
-            TAPS=taps, FIRST=0 if need_weight else taps, GAMMA=gamma is not None, BETA=beta is not None,
-            NORM=mean is not None, ROWS=_rows(groups), BLOCK_C=BLOCK_C,
+            finish_sums_kernel, (cdiv(channels, BLOCK_C), planes), warps=8, sums=sums, dweight=dweight,
+            eps=eps, groups=groups, C=channels, TAPS=taps, FIRST=0 if need_weight else taps,
+            ROWS=_rows(groups), BLOCK_C=BLOCK_C, **_finished(norm, grads),
         )  # fmt: skip
     return grads
 
 
 def finish_matrix(
-    partial: Tensor | None, dweight: Tensor, sums: Tensor | None, norm: Sequence[Tensor | None], eps: float,
+    partial: Tensor | None, dweight: Tensor, sums: Tensor | None, norm: dict[str, Any], eps: float,
     like: Tensor, channels: int,
 ) -> list[Tensor]:  # fmt: skip
     """Fills dweight from partial (splits, size); returns dmean, dvar, dgamma, dbeta from sums (2, groups, C).
     """
-    grads = dmean, dvar, dgamma, dbeta = vector_grads(like, norm, channels, sums is not None)
-    _, var, gamma, beta = norm
+    grads = vector_grads(like, norm, channels, sums is not None)
     splits, size = (1, 1) if partial is None else (partial.shape[0], dweight.numel())
     groups = 1 if sums is None else sums.shape[1]
     programs = cdiv(size, BLOCK) * (partial is not None) + cdiv(channels, BLOCK_C) * (sums is not None)
     if programs:
+        arguments = _finished(norm, grads) | dict(NORM=sums is not None)
         launch(
-            finish_matrix_kernel, (programs,), warps=8, partial=partial, dweight=dweight, sums=sums, var=var,
-            gamma=gamma, dmean=dmean, dvar=dvar, dgamma=dgamma, dbeta=dbeta, eps=eps, splits=splits, size=size,
-            groups=groups, C=channels, MATRIX=partial is not None, NORM=sums is not None, GAMMA=gamma is not None,
-            BETA=beta is not None, BLOCK=BLOCK, ROWS=_rows(groups), BLOCK_C=BLOCK_C,
+            finish_matrix_kernel, (programs,), warps=8, partial=partial, dweight=dweight, sums=sums, eps=eps,
+            splits=splits, size=size, groups=groups, C=channels, MATRIX=partial is not None, BLOCK=BLOCK,
+            ROWS=_rows(groups), BLOCK_C=BLOCK_C, **arguments,
         )  # fmt: skip
     return grads
 
 
-def vector_grads(like: Tensor, norm: Sequence[Tensor | None], channels: int, need_input: bool) -> list[Tensor]:
+def _finished(norm: dict[str, Any], grads: Sequence[Tensor]) -> dict[str, Any]:
+    """What finish_vectors reads and writes."""
+    read = {name: norm[name] for name in ("var", "gamma", "NORM", "GAMMA", "BETA")}
+    return read | dict(zip(("dmean", "dvar", "dgamma", "dbeta"), grads))
+
+
+def vector_grads(like: Tensor, norm: dict[str, Any], channels: int, need_input: bool) -> list[Tensor]:
     """Where the gradients of mean, var, gamma, beta go: (C,), or (0,) of one that is not given or not needed.
     """
-    return [like.new_empty(channels if need_input and v is not None else 0, dtype=torch.float32) for v in norm]
+    given = (norm[name] is not None for name in ("mean", "var", "gamma", "beta"))
+    return [like.new_empty(channels if need_input and there else 0, dtype=torch.float32) for there in given]
 
 
 def _rows(groups: int) -> int:

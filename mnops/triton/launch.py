@@ -15,8 +15,16 @@ from torch import Tensor
 
 from mnops.reference import layout
 
+# What gy is multiplied by before it is rounded to half precision for tensor cores. g, as it was stored, lies
+# on the grid of that precision; a gradient of the mean or the variance, spread over all pixels, is often less
+# than half a step of it, and g + gm would round back to g at every pixel: in the sum over pixels a whole term
+# of BatchNorm's gradient would be missing. Off the grid the rounding errors average out. Twice the golden
+# section spreads the 128 mantissas of bf16 most evenly between the grid points.
+DITHER = 1.2360679774997898
+
 INTERPRETED_MULTIPROCESSORS = 2  # enough for a second stage with something to merge
-ASSUMED_MULTIPROCESSORS = 132  # H100, H200: for code compiled ahead on a machine without a GPU
+# For code compiled ahead on a machine without a GPU, by compute capability: A100; H100, H200
+ASSUMED_MULTIPROCESSORS = {80: 108, 90: 132}
 
 
 class Launch(NamedTuple):
@@ -32,6 +40,7 @@ class Launch(NamedTuple):
 class _State(threading.local):
     inline: bool = False  # the compiler is looking: launches become nodes of its graph
     record: list[Launch] | None = None  # launches are written down here and not done
+    capability: int = 90  # of the GPU that is assumed where there is none
 
 
 _state = _State()
@@ -48,13 +57,15 @@ def inlined() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Within, nothing is launched; the list tells what would have been. For meta tensors."""
-    before, _state.record = _state.record, []
+def recorded(capability: int = 90) -> Iterator[list[Launch]]:
+    """Within, nothing is launched; the list tells what would have been on that compute capability. For meta
+    tensors.
+    """
+    before, _state.record, _state.capability = (_state.record, _state.capability), [], capability
     try:
         yield _state.record
     finally:
-        _state.record = before
+        _state.record, _state.capability = before
 
 
 def observed() -> bool:
@@ -78,17 +89,29 @@ def launch(kernel: Any, grid: Sequence[int], warps: int = 4, stages: int = 2, **
         kernel[tuple(grid)](**arguments, num_warps=warps, num_stages=stages)
 
 
+class Gpu(NamedTuple):
+    """What tiles and grids depend on."""
+
+    capability: int  # 90: 9.0
+    multiprocessors: int
+
+
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def gpu(device: torch.device) -> Gpu:
+    if device.type == "cpu":
+        return Gpu(_state.capability, INTERPRETED_MULTIPROCESSORS)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Gpu(_state.capability, ASSUMED_MULTIPROCESSORS[_state.capability])
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return INTERPRETED_MULTIPROCESSORS
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return ASSUMED_MULTIPROCESSORS
-    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+    return gpu(device).multiprocessors
 
 
 def cdiv(a: int, b: int) -> int:
@@ -96,7 +119,9 @@ def cdiv(a: int, b: int) -> int:
 
 
 def out_size(
-    height: int, width: int, kernel: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    height: int, width: int, kernel: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[
+        int
+    ]
 ) -> tuple[int, int]:
     top, bottom, left, right = padding
     return (
@@ -127,3 +152,31 @@ def restored(y: Tensor, x: Tensor) -> Tensor:
 def vectors(*given: Tensor | None) -> list[Tensor | None]:
     """Per-channel vectors with stride 1."""
     return [v if v is None else v.contiguous() for v in given]
+
+
+# ---- arguments that kernels share ----
+
+
+def norm_arguments(
+    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> dict[str, Any]:
+    """Of the pending norm: its vectors, and which of them there are."""
+    mean, var, gamma, beta = vectors(mean, var, gamma, beta)
+    there = dict(NORM=mean is not None, GAMMA=gamma is not None, BETA=beta is not None)
+    return dict(mean=mean, var=var, gamma=gamma, beta=beta, **there)
+
+
+def incoming_arguments(
+    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor
+) -> dict[str, Any]:
+    """Of what gy is made of. y is read through g_var only; without it g stands in its place."""
+    g_mean, g_var, mean_y = vectors(g_mean, g_var, mean_y)
+    g = nhwc(g)
+    there = dict(GMEAN=g_mean is not None, GVAR=g_var is not None)
+    return dict(g=g, y=g if g_var is None else nhwc(y), g_mean=g_mean, g_var=g_var, mean_y=mean_y, **there)
+
+
+def dither(g: Tensor, g_mean: Tensor | None, g_var: Tensor | None) -> float:
+    """FACTOR of `incoming` where gy is rounded to g's dtype."""
+    affine = g_mean is not None or g_var is not None
+    return DITHER if affine and g.dtype != torch.float32 else 1.0

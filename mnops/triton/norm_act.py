@@ -19,14 +19,15 @@ from mnops.triton.common import (
     ACTS,
     NONE,
     activation,
-    activation_backward,
-    block_channels,
     channel_norm,
     normalise,
+    normalise_backward,
+    share,
+    store_sums,
     to_float,
 )
 from mnops.triton.finish import finish_matrix
-from mnops.triton.launch import cdiv, empty_nhwc, launch, multiprocessors, nhwc, restored, vectors
+from mnops.triton.launch import cdiv, empty_nhwc, launch, multiprocessors, nhwc, norm_arguments, restored
 
 WARPS = 4
 VALUES = 16  # a thread, in two or four 16-byte loads
@@ -43,10 +44,11 @@ def norm_act_kernel(
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
     BETA: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
-    m, scale, shift = channel_norm(mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty)
-    p = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    tile, _, c, c_ok = share(C, BLOCK_C)
+    m, scale, shift = channel_norm(
+        mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty
+    )
+    p = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     ok = (p < P) & c_ok
     out = normalise(tl.load(x + p * C + c, mask=ok, other=0.0), None, m, scale, shift, NORM, ACT)
     if RESIDUAL:
@@ -68,10 +70,10 @@ def norm_act_backward_kernel(
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
     BETA: tl.constexpr, ACT: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
-    m, scale, shift = channel_norm(mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty)
+    group, groups, c, c_ok = share(C, BLOCK_C)
+    m, scale, shift = channel_norm(
+        mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty
+    )
     sum1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
@@ -83,15 +85,15 @@ def norm_act_backward_kernel(
         else:
             gz = tl.load(g + p * C + c, mask=ok, other=0.0)
         pre = normalise(stored, None, m, scale, shift, NORM, NONE)
-        gp = activation_backward(to_float(gz) * factor, pre, activation(pre, ACT), ACT)  # 0 beyond P, as gz is
+        gp, gp_away, gx = normalise_backward(
+            to_float(gz) * factor, stored, pre, activation(pre, ACT), None, m, scale, NORM, ACT
+        )
         if NORM:
             sum1 += gp
-            sum2 += gp * (to_float(stored) - m)
-            gp = gp * scale
-        tl.store(dx + p * C + c, gp.to(dx.dtype.element_ty), mask=ok)
+            sum2 += gp_away
+        tl.store(dx + p * C + c, gx.to(dx.dtype.element_ty), mask=ok)
     if NORM:
-        tl.store(sums + group * C + c, tl.sum(sum1, 0)[None, :], mask=c_ok)
-        tl.store(sums + (groups + group) * C + c, tl.sum(sum2, 0)[None, :], mask=c_ok)
+        store_sums(sums, group, groups, c, c_ok, C, tl.sum(sum1, 0)[None, :], tl.sum(sum2, 0)[None, :])
 
 
 # ---- host ----
@@ -112,12 +114,11 @@ def norm_act(
     z = empty_nhwc(x, x.shape)
     channels, count = x.shape[1], x.numel() // x.shape[1]
     block_p, block_c = block(channels)
-    mean, var, gamma, beta = vectors(mean, var, gamma, beta)
     launch(
-        norm_act_kernel, (cdiv(count, block_p) * cdiv(channels, block_c),), warps=WARPS, x=nhwc(x), mean=mean,
-        var=var, gamma=gamma, beta=beta, residual=None if residual is None else nhwc(residual), z=z, P=count,
-        eps=eps, C=channels, BLOCK_P=block_p, BLOCK_C=block_c, NORM=mean is not None, GAMMA=gamma is not None,
-        BETA=beta is not None, ACT=ACTS[act], RESIDUAL=residual is not None,
+        norm_act_kernel, (cdiv(count, block_p) * cdiv(channels, block_c),), warps=WARPS, x=nhwc(x),
+        residual=None if residual is None else nhwc(residual), z=z, P=count, eps=eps, C=channels,
+        BLOCK_P=block_p, BLOCK_C=block_c, ACT=ACTS[act], RESIDUAL=residual is not None,
+        **norm_arguments(mean, var, gamma, beta),
     )  # fmt: skip
     return restored(z, x)
 
@@ -139,13 +140,12 @@ def backward(g, x, mean, var, gamma, beta, eps, act, factor):
     block_p, block_c = block(channels)
     blocks = cdiv(channels, block_c)
     groups = min(cdiv(count, block_p), cdiv(PROGRAMS * multiprocessors(x.device), blocks))
-    given = mean, var, gamma, beta = vectors(mean, var, gamma, beta)
+    norm = norm_arguments(mean, var, gamma, beta)
     dx = empty_nhwc(x, x.shape)
     sums = None if mean is None else x.new_empty((2, groups, channels), dtype=torch.float32)
     launch(
-        norm_act_backward_kernel, (groups * blocks,), warps=WARPS, g=g, x=nhwc(x), mean=mean, var=var, gamma=gamma,
-        beta=beta, dx=dx, sums=sums, P=count, IMAGE=x.shape[2] * x.shape[3], eps=eps, C=channels, BLOCK_P=block_p,
-        BLOCK_C=block_c, NORM=mean is not None, GAMMA=gamma is not None, BETA=beta is not None, ACT=ACTS[act],
-        POOL=g.dim() == 2, factor=factor,
+        norm_act_backward_kernel, (groups * blocks,), warps=WARPS, g=g, x=nhwc(x), dx=dx, sums=sums, P=count,
+        IMAGE=x.shape[2] * x.shape[3], factor=factor, eps=eps, C=channels, BLOCK_P=block_p, BLOCK_C=block_c,
+        ACT=ACTS[act], POOL=g.dim() == 2, **norm,
     )  # fmt: skip
-    return restored(dx, x), *finish_matrix(None, dx, sums, given, eps, x, channels)
+    return restored(dx, x), *finish_matrix(None, dx, sums, norm, eps, x, channels)

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mnops import reference
-
-from mnops.triton.common import ACTS, block_channels, channel_norm, normalise
-from mnops.triton.launch import cdiv, launch, nhwc, vectors
+from mnops.triton.common import ACTS, channel_norm, normalise, share
+from mnops.triton.launch import cdiv, launch, nhwc, norm_arguments
 from mnops.triton.norm_act import backward
 
 BLOCK_C = 64  # 128 bytes of bf16, and enough programs at batch 1
@@ -29,10 +28,11 @@ def norm_act_pool_kernel(
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
     BETA: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
-    m, scale, shift = channel_norm(mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty)
+    image, _, c, c_ok = share(C, BLOCK_C)
+    n = image.to(tl.int64)
+    m, scale, shift = channel_norm(
+        mean, var, gamma, beta, eps, c, c_ok, NORM, GAMMA, BETA, x.dtype.element_ty
+    )
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(0, IMAGE, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)[:, None]
@@ -54,11 +54,10 @@ def norm_act_pool(
         return reference.norm_act_pool(x, mean, var, gamma, beta, eps, act)
     n, channels, height, width = x.shape
     pooled = x.new_empty((n, channels))
-    mean, var, gamma, beta = vectors(mean, var, gamma, beta)
     launch(
-        norm_act_pool_kernel, (n * cdiv(channels, BLOCK_C),), x=nhwc(x), mean=mean, var=var, gamma=gamma, beta=beta,
-        pooled=pooled, IMAGE=height * width, eps=eps, C=channels, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C,
-        NORM=mean is not None, GAMMA=gamma is not None, BETA=beta is not None, ACT=ACTS[act],
+        norm_act_pool_kernel, (n * cdiv(channels, BLOCK_C),), x=nhwc(x), pooled=pooled, IMAGE=height * width,
+        eps=eps, C=channels, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, ACT=ACTS[act],
+        **norm_arguments(mean, var, gamma, beta),
     )  # fmt: skip
     return pooled
 

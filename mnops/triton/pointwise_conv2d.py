@@ -22,8 +22,7 @@ Persistent programs: each takes the same output channels through many tiles of p
 the statistics has few rows to sum.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,26 +30,42 @@ import triton.language as tl
 from torch import Tensor
 
 from mnops import reference
-from mnops.triton import composed, tune
+from mnops.triton import composed, tiles, tune
 from mnops.triton.common import (
     ACTS,
-    DITHER,
     NONE,
     activation,
-    activation_backward,
     block_channels,
     channel_incoming,
     channel_norm,
-    incoming,
+    incoming_tile,
+    load_tile,
     load_vectors,
-    measure_tile,
     normalise,
+    normalise_backward,
+    pixels,
     product,
-    rounded,
-    to_float,
+    share,
+    store_measured,
+    store_statistics,
+    store_sums,
+    store_tile,
+    store_vectors,
 )
 from mnops.triton.finish import BLOCK, finish_matrix, finish_statistics
-from mnops.triton.launch import cdiv, empty_nhwc, launch, multiprocessors, nhwc, precision, restored, vectors
+from mnops.triton.launch import (
+    cdiv,
+    dither,
+    empty_nhwc,
+    gpu,
+    incoming_arguments,
+    launch,
+    multiprocessors,
+    nhwc,
+    norm_arguments,
+    precision,
+    restored,
+)
 
 PROGRAMS = 2  # persistent ones, a multiprocessor
 
@@ -66,24 +81,19 @@ def pointwise_prepare_kernel(
     folded,  # (3, O): what `incoming` adds
     values, eps, C, O,
     NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr,
-    CAST: tl.constexpr, BLOCK: tl.constexpr,
+    FACTOR: tl.constexpr, CAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the products would work out anew for every tile: per-channel vectors, and weights in x's dtype."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if CAST:
         tl.store(matrix + i, tl.load(weight + i, mask=i < O * C), mask=i < O * C)
+    dtype: tl.constexpr = x.dtype.element_ty
     if NORM:
-        m, scale, shift = channel_norm(mean, var, gamma, beta, eps, i, i < C, NORM, GAMMA, BETA, x.dtype.element_ty)
-        tl.store(norm + i, m, mask=i < C)
-        tl.store(norm + C + i, scale, mask=i < C)
-        tl.store(norm + 2 * C + i, shift, mask=i < C)
+        m, scale, shift = channel_norm(mean, var, gamma, beta, eps, i, i < C, NORM, GAMMA, BETA, dtype)
+        store_vectors(norm, i, i < C, C, m, scale, shift)
     if GMEAN or GVAR:
-        dtype: tl.constexpr = x.dtype.element_ty
-        FACTOR: tl.constexpr = DITHER if dtype != tl.float32 else 1.0
         gm, gv, my = channel_incoming(g_mean, g_var, mean_y, values, i, i < O, GMEAN, GVAR, FACTOR, dtype)
-        tl.store(folded + i, gm, mask=i < O)
-        tl.store(folded + O + i, gv, mask=i < O)
-        tl.store(folded + 2 * O + i, my, mask=i < O)
+        store_vectors(folded, i, i < O, O, gm, gv, my)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -98,40 +108,32 @@ def pointwise_conv2d_kernel(
     NORM: tl.constexpr, ACT: tl.constexpr, MEASURE: tl.constexpr, PRECISION: tl.constexpr,
     PERSIST: tl.constexpr,  # a program takes many tiles; otherwise one
 ):  # fmt: skip
-    blocks = tl.cdiv(O, BLOCK_O)  # innermost: programs that read the same pixels run side by side, and share them in L2
-    group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    o, o_ok = block_channels(tl.program_id(0) % blocks, O, BLOCK_O)
-    out = stats + group * O + o
+    group, groups, o, o_ok = share(O, BLOCK_O)
     count = 0.0
     mean = tl.zeros([1, BLOCK_O], tl.float32)
     m2 = tl.zeros([1, BLOCK_O], tl.float32)
     if PERSIST:  # all of w stays in shared memory
         c, c_ok = block_channels(0, C, BLOCK_C)
-        w = tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
+        w = load_weight(matrix, o, o_ok, c, c_ok, C)
         for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
             first, left = pixels(tile, P, BLOCK_P)
             z = normalised_tile(x + first * C, norm, left, c, c_ok, C, BLOCK_P, NORM, ACT)
             acc = product(z, tl.trans(w), None, PRECISION)
-            count, mean, m2 = store_tile(y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE)
+            count, mean, m2 = store_measured(
+                y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE
+            )
     else:
         first, left = pixels(group, P, BLOCK_P)
         acc = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
         for block in range(tl.cdiv(C, BLOCK_C)):
             c, c_ok = block_channels(block, C, BLOCK_C)
             z = normalised_tile(x + first * C, norm, left, c, c_ok, C, BLOCK_P, NORM, ACT)
-            w = tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
-            acc = product(z, tl.trans(w), acc, PRECISION)
-        count, mean, m2 = store_tile(y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE)
+            acc = product(z, tl.trans(load_weight(matrix, o, o_ok, c, c_ok, C)), acc, PRECISION)
+        count, mean, m2 = store_measured(
+            y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE
+        )
     if MEASURE:
-        tl.store(out, count + tl.zeros([1, BLOCK_O], tl.float32), mask=o_ok)
-        tl.store(out + groups * O, mean, mask=o_ok)
-        tl.store(out + 2 * groups * O, m2, mask=o_ok)
-
-
-@triton.jit
-def pixels(tile, P, BLOCK_P: tl.constexpr):
-    """The first pixel of a tile (64-bit; within a tile 32 bits do), and how many there are from it on."""
-    return tl.cast(tile, tl.int64) * BLOCK_P, P - tile * BLOCK_P
+        store_statistics(stats, group, groups, o, o_ok, O, count, mean, m2)
 
 
 @triton.jit
@@ -139,26 +141,15 @@ def normalised_tile(
     x, norm, left, c, c_ok, C: tl.constexpr, BLOCK_P: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr
 ):
     """z of a tile's pixels and the channels c, in x's dtype for the tensor cores."""
-    p = tl.arange(0, BLOCK_P)[:, None]
-    m, scale, shift = c, c, c
-    if NORM:
-        m, scale, shift = load_vectors(norm, c, c_ok, C)
-    stored = tl.load(x + (p * C + c), mask=(p < left) & c_ok, other=0.0)
+    m, scale, shift = load_vectors(norm, c, c_ok, C, NORM)
+    stored = load_tile(x, left, c, c_ok, C, BLOCK_P)
     return normalise(stored, None, m, scale, shift, NORM, ACT).to(x.dtype.element_ty)
 
 
 @triton.jit
-def store_tile(
-    y, acc, left, o, o_ok, count, mean, m2, O: tl.constexpr, BLOCK_P: tl.constexpr, MEASURE: tl.constexpr
-):
-    """Stores acc; count, mean and sum of squared deviations with its pixels among them."""
-    p = tl.arange(0, BLOCK_P)[:, None]
-    out, stored = rounded(acc, y.dtype.element_ty)
-    tl.store(y + (p * O + o), out, mask=(p < left) & o_ok)
-    if MEASURE:
-        n = tl.minimum(left, BLOCK_P).to(tl.float32)
-        count, mean, m2 = measure_tile(stored, p < left, n, count, mean, m2)
-    return count, mean, m2
+def load_weight(matrix, o, o_ok, c, c_ok, C: tl.constexpr):
+    """The block of w of the outputs o and the channels c, [BLOCK_O, BLOCK_C]."""
+    return tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -173,56 +164,32 @@ def pointwise_dgrad_kernel(
     sums,  # (2, programs of a channel block, C): sum gp, sum gp * (x - mean)
     P,
     C: tl.constexpr, O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr, FACTOR: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    tile, tiles = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    c, c_ok = block_channels(tl.program_id(0) % blocks, C, BLOCK_C)
-    keep = KEEP & (tl.program_id(0) % blocks == 0)
+    tile, tiles, c, c_ok = share(C, BLOCK_C)
+    keep = KEEP & (tl.program_id(0) % tl.cdiv(C, BLOCK_C) == 0)
     first, left = pixels(tile, P, BLOCK_P)
-    p = tl.arange(0, BLOCK_P)[:, None]
-    FACTOR: tl.constexpr = DITHER if (GMEAN or GVAR) and g.dtype.element_ty != tl.float32 else 1.0
     gz = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for block in range(tl.cdiv(O, BLOCK_O)):
         o, o_ok = block_channels(block, O, BLOCK_O)
-        ok = (p < left) & o_ok
-        part = incoming_tile(g + first * O, y + first * O, folded, p, o, ok, o_ok, None, O, GMEAN, GVAR, FACTOR)
+        gm, gv, my = load_vectors(folded, o, o_ok, O, GMEAN or GVAR)
+        part = incoming_tile(
+            g + first * O, y + first * O, gm, gv, my, left, o, o_ok, O, BLOCK_P, False, GMEAN, GVAR, FACTOR
+        )
         if keep:
-            tl.store(gy + first * O + (p * O + o), part, mask=ok)
-        w = tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
-        gz = product(part, w, gz, PRECISION)
-    ok = (p < left) & c_ok
-    m, scale, shift = c, c, c
-    if NORM:
-        m, scale, shift = load_vectors(norm, c, c_ok, C)
-    stored = tl.load(x + first * C + (p * C + c), mask=ok, other=0.0)
+            store_tile(gy + first * O, part, left, o, o_ok, O, BLOCK_P)
+        gz = product(part, load_weight(matrix, o, o_ok, c, c_ok, C), gz, PRECISION)
+    m, scale, shift = load_vectors(norm, c, c_ok, C, NORM)
+    stored = load_tile(x + first * C, left, c, c_ok, C, BLOCK_P)
     pre = normalise(stored, None, m, scale, shift, NORM, NONE)
-    gp = activation_backward(gz * (1.0 / FACTOR), pre, activation(pre, ACT), ACT)
+    ok = tl.arange(0, BLOCK_P)[:, None] < left  # beyond, gz is not 0
+    gp, gp_away, gx = normalise_backward(
+        gz * (1.0 / FACTOR), stored, pre, activation(pre, ACT), ok, m, scale, NORM, ACT
+    )
     if NORM:
-        gp = tl.where(p < left, gp, 0.0)
-        tl.store(sums + tile * C + c, tl.sum(gp, 0)[None, :], mask=c_ok)
-        tl.store(sums + (tiles + tile) * C + c, tl.sum(gp * (to_float(stored) - m), 0)[None, :], mask=c_ok)
-        gp = gp * scale
-    tl.store(dx + first * C + (p * C + c), gp.to(dx.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def incoming_tile(
-    g, y, folded, p, o, ok, o_ok, rows_ok, O: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr,
-    FACTOR: tl.constexpr,
-):  # fmt: skip
-    """FACTOR * gy of a tile's pixels and the channels o, in g's dtype for the tensor cores; 0 where rows_ok
-    is not.
-    """
-    gm, gv, my = o, o, o
-    if GMEAN or GVAR:
-        gm, gv, my = load_vectors(folded, o, o_ok, O)
-    mine = tl.load(g + (p * O + o), mask=ok, other=0.0)
-    other = mine
-    if GVAR:
-        other = tl.load(y + (p * O + o), mask=ok, other=0.0)
-    return incoming(mine, other, rows_ok, gm, gv, my, GMEAN, GVAR, FACTOR).to(g.dtype.element_ty)
+        store_sums(sums, tile, tiles, c, c_ok, C, tl.sum(gp, 0)[None, :], tl.sum(gp_away, 0)[None, :])
+    store_tile(dx + first * C, gx.to(dx.dtype.element_ty), left, c, c_ok, C, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -234,8 +201,9 @@ def pointwise_wgrad_kernel(
     partial,  # (splits, O, C)
     P,
     C: tl.constexpr, O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr, PRECISION: tl.constexpr,
-    KEPT: tl.constexpr,  # g is what dgrad left: gy, scaled
+    NORM: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr, FACTOR: tl.constexpr,
+    KEPT: tl.constexpr,  # g is what dgrad left: FACTOR * gy
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dw, a block a program, over a share of the pixels: split, for few blocks would leave the device idle.
     """
@@ -244,23 +212,17 @@ def pointwise_wgrad_kernel(
     split, splits = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
     c, c_ok = block_channels(tl.program_id(0) % c_blocks, C, BLOCK_C)
     o, o_ok = block_channels(tl.program_id(0) % blocks // c_blocks, O, BLOCK_O)
-    m, scale, shift = c, c, c
-    if NORM:
-        m, scale, shift = load_vectors(norm, c, c_ok, C)
-    p = tl.arange(0, BLOCK_P)[:, None]
-    FACTOR: tl.constexpr = DITHER if (GMEAN or GVAR) and g.dtype.element_ty != tl.float32 else 1.0
     dw = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
     for tile in range(split, tl.cdiv(P, BLOCK_P), splits):
         first, left = pixels(tile, P, BLOCK_P)
+        gm, gv, my = load_vectors(folded, o, o_ok, O, GMEAN or GVAR)
         part = incoming_tile(
-            g + first * O, y + first * O, folded, p, o, (p < left) & o_ok, o_ok, p < left, O, GMEAN, GVAR, FACTOR
-        )
-        stored = tl.load(x + first * C + (p * C + c), mask=(p < left) & c_ok, other=0.0)
-        z = normalise(stored, None, m, scale, shift, NORM, ACT)
-        dw = product(tl.trans(part), z.to(x.dtype.element_ty), dw, PRECISION)
+            g + first * O, y + first * O, gm, gv, my, left, o, o_ok, O, BLOCK_P, True, GMEAN, GVAR,
+            1.0 if KEPT else FACTOR,
+        )  # fmt: skip
+        z = normalised_tile(x + first * C, norm, left, c, c_ok, C, BLOCK_P, NORM, ACT)
+        dw = product(tl.trans(part), z, dw, PRECISION)
     out = partial + split.to(tl.int64) * (O * C) + tl.trans(o) * C + c
-    if KEPT and g.dtype.element_ty != tl.float32:
-        dw *= 1.0 / DITHER
     tl.store(out, dw * (1.0 / FACTOR), mask=tl.trans(o_ok) & c_ok)
 
 
@@ -276,112 +238,41 @@ def pointwise_backward_kernel(
     partial,  # (programs, O, C)
     P,
     C: tl.constexpr, O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr, GVAR: tl.constexpr, FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dgrad and wgrad of the same pixels, all channels in one block each: every tensor is read once."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     c, c_ok = block_channels(0, C, BLOCK_C)
     o, o_ok = block_channels(0, O, BLOCK_O)
-    dtype: tl.constexpr = x.dtype.element_ty
-    FACTOR: tl.constexpr = DITHER if (GMEAN or GVAR) and g.dtype.element_ty != tl.float32 else 1.0
-    w = tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
+    w = load_weight(matrix, o, o_ok, c, c_ok, C)
     sum1 = tl.zeros([1, BLOCK_C], tl.float32)
     sum2 = tl.zeros([1, BLOCK_C], tl.float32)
     dw = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
-    p = tl.arange(0, BLOCK_P)[:, None]
     for tile in range(program, tl.cdiv(P, BLOCK_P), programs):
         first, left = pixels(tile, P, BLOCK_P)
-        ok = (p < left) & c_ok
+        gm, gv, my = load_vectors(folded, o, o_ok, O, GMEAN or GVAR)
         part = incoming_tile(
-            g + first * O, y + first * O, folded, p, o, (p < left) & o_ok, o_ok, p < left, O, GMEAN, GVAR, FACTOR
+            g + first * O, y + first * O, gm, gv, my, left, o, o_ok, O, BLOCK_P, True, GMEAN, GVAR, FACTOR
         )
-        stored = tl.load(x + first * C + (p * C + c), mask=ok, other=0.0)
-        m, scale, shift = c, c, c
-        if NORM:
-            m, scale, shift = load_vectors(norm, c, c_ok, C)
+        stored = load_tile(x + first * C, left, c, c_ok, C, BLOCK_P)
+        m, scale, shift = load_vectors(norm, c, c_ok, C, NORM)
         pre = normalise(stored, None, m, scale, shift, NORM, NONE)
         z = activation(pre, ACT)
         gz = product(part, w, None, PRECISION)
-        dw = product(tl.trans(part), z.to(dtype), dw, PRECISION)
-        gp = activation_backward(gz * (1.0 / FACTOR), pre, z, ACT)  # 0 where p is not, as part is
+        dw = product(tl.trans(part), z.to(x.dtype.element_ty), dw, PRECISION)
+        gp, gp_away, gx = normalise_backward(gz * (1.0 / FACTOR), stored, pre, z, None, m, scale, NORM, ACT)
         if NORM:
             sum1 += tl.sum(gp, 0)[None, :]
-            sum2 += tl.sum(gp * (to_float(stored) - m), 0)[None, :]
-            gp = gp * scale
-        tl.store(dx + first * C + (p * C + c), gp.to(dtype), mask=ok)
+            sum2 += tl.sum(gp_away, 0)[None, :]
+        store_tile(dx + first * C, gx.to(dx.dtype.element_ty), left, c, c_ok, C, BLOCK_P)
     out = partial + program.to(tl.int64) * (O * C) + tl.trans(o) * C + c
     tl.store(out, dw * (1.0 / FACTOR), mask=tl.trans(o_ok) & c_ok)
     if NORM:
-        tl.store(sums + program * C + c, sum1, mask=c_ok)
-        tl.store(sums + (programs + program) * C + c, sum2, mask=c_ok)
+        store_sums(sums, program, programs, c, c_ok, C, sum1, sum2)
 
 
 # ---- host ----
-
-
-class Tile(NamedTuple):
-    """A block of the product: pixels x columns (outputs, or in dgrad channels), `depth` of the sum at a time.
-    """
-
-    pixels: int
-    columns: int
-    depth: int
-    warps: int = 8
-    stages: int = 3
-
-
-WHOLE = 128  # up to so many channels a block holds all of them
-
-
-def _power(size: int, most: int) -> int:
-    """The block that holds size, within what a product takes."""
-    return max(16, min(most, triton.next_power_of_2(size)))
-
-
-def forward_tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
-    """Candidates, the first guess first.
-
-    Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under way
-    while these are multiplied. Many: 128 x 128 and a depth of 128 bytes a row, at most 145 registers of 8
-    warps.
-    """
-    columns = _power(out, 128)
-    if channels <= WHOLE:
-        depth = _power(channels, WHOLE)
-        pixels = 64 if depth * itemsize > 128 else 128
-        return [Tile(pixels, columns, depth), Tile(64, columns, depth), Tile(64, columns, depth, 4), Tile(128, columns, depth)]
-    depth = 128 // itemsize
-    if itemsize == 4:
-        return [Tile(128, columns, depth), Tile(64, columns, depth)]
-    tiles = [Tile(128, columns, depth), Tile(128, columns, depth // 2, 8, 4), Tile(64, columns, depth, 4, 3)]
-    return tiles + [Tile(128, 256, depth), Tile(64, 256, depth)] if out >= 256 else tiles
-
-
-def dgrad_tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
-    """As forward_tiles; two operands are loaded for gy, and the stored x joins at the end."""
-    columns, depth = _power(channels, 128), min(128 // itemsize, _power(out, 128))
-    tiles = [Tile(128, columns, depth), Tile(128, columns, max(16, depth // 2)), Tile(64, columns, depth)]
-    return tiles + [Tile(64, 256, depth)] if itemsize == 2 and channels >= 256 else tiles
-
-
-def wgrad_tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
-    """pixels is the depth here, and columns x depth the block of dw."""
-    rows, columns, pixels = _power(out, 128), _power(channels, 128), 128 // itemsize
-    return [Tile(pixels, rows, columns), Tile(pixels // 2, rows, columns, 8, 4), Tile(pixels, rows, columns, 4, 3)]
-
-
-def backward_tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
-    """columns holds the channels, depth the outputs; both gradients are in registers."""
-    columns, depth = _power(channels, WHOLE), _power(out, WHOLE)
-    small = 32 if columns * depth > 64 * 64 else 64
-    return [Tile(small, columns, depth), Tile(64, columns, depth, 8, 2), Tile(64, columns, depth), Tile(small, columns, depth, 8, 2)]
-
-
-class Both(NamedTuple):
-    """Tiles of the two gradients, a kernel each."""
-
-    dgrad: Tile
-    wgrad: Tile
 
 
 class Prepared(NamedTuple):
@@ -392,29 +283,32 @@ class Prepared(NamedTuple):
     folded: Tensor
 
 
-def _prepare(x, weight, given, eps, g_mean=None, g_var=None, mean_y=None, values=1) -> Prepared:
+def _prepare(
+    x: Tensor, weight: Tensor, norm: dict[str, Any], eps: float, g_mean: Tensor | None = None,
+    g_var: Tensor | None = None, mean_y: Tensor | None = None, factor: float = 1.0, values: int = 1,
+) -> Prepared:  # fmt: skip
     out, channels = weight.shape[:2]
-    mean, var, gamma, beta = given
-    cast = weight.dtype != x.dtype
+    cast, affine = weight.dtype != x.dtype, g_mean is not None or g_var is not None
     weight = weight.contiguous()
-    matrix = torch.empty((out, channels), dtype=x.dtype, device=x.device) if cast else weight.view(out, channels)
-    affine = g_mean is not None or g_var is not None
-    norm = x.new_empty((3, channels) if mean is not None else 0, dtype=torch.float32)
+    matrix = torch.empty((out, channels), dtype=x.dtype, device=x.device) if cast else weight.view(
+        out, channels
+    )
+    vectors_of_x = x.new_empty((3, channels) if norm["NORM"] else 0, dtype=torch.float32)
     folded = x.new_empty((3, out) if affine else 0, dtype=torch.float32)
-    size = max(cast * out * channels, norm.numel() // 3, folded.numel() // 3)
+    size = max(cast * out * channels, vectors_of_x.numel() // 3, folded.numel() // 3)
     if size:
         launch(
-            pointwise_prepare_kernel, (cdiv(size, BLOCK),), weight=weight, mean=mean, var=var, gamma=gamma, beta=beta,
-            g_mean=g_mean, g_var=g_var, mean_y=mean_y, matrix=matrix, x=x, norm=norm, folded=folded, values=values,
-            eps=eps, C=channels, O=out, NORM=mean is not None, GAMMA=gamma is not None, BETA=beta is not None,
-            GMEAN=g_mean is not None, GVAR=g_var is not None, CAST=cast, BLOCK=BLOCK,
+            pointwise_prepare_kernel, (cdiv(size, BLOCK),), weight=weight, g_mean=g_mean, g_var=g_var,
+            mean_y=mean_y, matrix=matrix, x=x, norm=vectors_of_x, folded=folded, values=values, eps=eps,
+            C=channels, O=out, GMEAN=g_mean is not None, GVAR=g_var is not None, FACTOR=factor, CAST=cast,
+            BLOCK=BLOCK, **norm,
         )  # fmt: skip
-    return Prepared(matrix, norm, folded)
+    return Prepared(matrix, vectors_of_x, folded)
 
 
 def pointwise_conv2d(
-    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    eps: float, act: str, measure: bool,
+    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, act: str, measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     args = x, weight, mean, var, gamma, beta, eps, act
     if x.dtype == torch.float64 or x.numel() == 0:
@@ -422,36 +316,37 @@ def pointwise_conv2d(
     if composed.better(x):
         return composed.forward(*args, (1, 1), (0, 0, 0, 0), (1, 1), measure)
     out, channels = weight.shape[:2]
-    tiles = forward_tiles(channels, out, x.element_size())
+    candidates = tiles.pointwise(channels, out, x.element_size())
     shape = x.dtype, *x.shape[1:], out
     return forward(
-        *args, measure, tune.best("pointwise_conv2d", shape, x, tiles, lambda tile: forward(*args, measure, tile))
+        *args, measure, tune.best(
+            "pointwise_conv2d", shape, x, candidates, lambda tile: forward(*args, measure, tile)
+        )
     )
 
 
 def forward(x, weight, mean, var, gamma, beta, eps, act, measure, tile):
     n, channels, height, width = x.shape
     out, count = weight.shape[0], n * height * width
-    given = vectors(mean, var, gamma, beta)
-    matrix, norm, _ = _prepare(x, weight, given, eps)
-    blocks, tiles = cdiv(out, tile.columns), cdiv(count, tile.pixels)
+    matrix, norm, _ = _prepare(x, weight, norm_arguments(mean, var, gamma, beta), eps)
+    blocks, all_tiles = cdiv(out, tile.columns), cdiv(count, tile.pixels)
     persist = channels <= tile.depth
-    groups = min(tiles, cdiv(PROGRAMS * multiprocessors(x.device), blocks)) if persist else tiles
+    groups = min(all_tiles, cdiv(PROGRAMS * multiprocessors(x.device), blocks)) if persist else all_tiles
     y = empty_nhwc(x, (n, out, height, width))
     stats = x.new_empty((3, groups, out) if measure else 0, dtype=torch.float32)
     launch(
         pointwise_conv2d_kernel, (groups * blocks,), warps=tile.warps, stages=tile.stages,
-        x=nhwc(x), matrix=matrix, norm=norm, y=y, stats=stats, P=count, C=channels, O=out, BLOCK_P=tile.pixels,
-        BLOCK_O=tile.columns, BLOCK_C=tile.depth, NORM=mean is not None, ACT=ACTS[act], MEASURE=measure,
-        PRECISION=precision(x), PERSIST=persist,
+        x=nhwc(x), matrix=matrix, norm=norm, y=y, stats=stats, P=count, C=channels, O=out,
+        BLOCK_P=tile.pixels, BLOCK_O=tile.columns, BLOCK_C=tile.depth, NORM=mean is not None, ACT=ACTS[act],
+        MEASURE=measure, PRECISION=precision(x), PERSIST=persist,
     )  # fmt: skip
     return restored(y, x), *finish_statistics(stats, out, measure)
 
 
 def pointwise_conv2d_backward(
-    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
-    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
-    need_input: bool, need_weight: bool,
+    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor,
+    weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, act: str, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     args = g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act
     if x.dtype == torch.float64 or x.numel() == 0 or not (need_input or need_weight):
@@ -460,67 +355,65 @@ def pointwise_conv2d_backward(
         return composed.backward(*args, (1, 1), (0, 0, 0, 0), (1, 1), need_input, need_weight)
     args = *args, need_input, need_weight
     out, channels = weight.shape[:2]
-    itemsize, whole = x.element_size(), need_input and need_weight and max(channels, out) <= WHOLE
-    tiles = dgrad_tiles(channels, out, itemsize), wgrad_tiles(channels, out, itemsize)
-    candidates = [Both(*pair) for pair in zip(*tiles)]
-    if whole:
-        candidates = backward_tiles(channels, out, itemsize) + candidates[:1]
+    both, capability = need_input and need_weight, gpu(x.device).capability
+    candidates = tiles.pointwise_backward(channels, out, x.element_size(), both, capability)
     shape = x.dtype, *x.shape[1:], out, need_input, need_weight
     return backward(
-        *args, tune.best("pointwise_conv2d_backward", shape, x, candidates, lambda tile: backward(*args, tile))
+        *args, tune.best(
+            "pointwise_conv2d_backward", shape, x, candidates, lambda tile: backward(*args, tile)
+        )
     )
 
 
 def backward(
-    g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, need_input, need_weight, tile
-):
-    """tile: Tile for both gradients in one kernel, or Both for one each."""
+    g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, need_input, need_weight,
+    tile: tiles.Block | tiles.Both,
+):  # fmt: skip
     n, channels, height, width = x.shape
     out, count = weight.shape[0], n * height * width
-    mp = multiprocessors(x.device)
-    given = vectors(mean, var, gamma, beta)
-    matrix, norm, folded = _prepare(x, weight, given, eps, *vectors(g_mean, g_var), mean_y, count)
-    g, x_in = nhwc(g), nhwc(x)
-    y = g if g_var is None else nhwc(y)
+    mp, factor = multiprocessors(x.device), dither(g, g_mean, g_var)
+    given = norm_arguments(mean, var, gamma, beta)
+    incoming = incoming_arguments(g, g_mean, g_var, y, mean_y)
+    per_channel = (incoming.pop(name) for name in ("g_mean", "g_var", "mean_y"))
+    matrix, norm, folded = _prepare(x, weight, given, eps, *per_channel, factor, count)
     common = dict(
-        folded=folded, x=x_in, norm=norm, P=count, C=channels, O=out, NORM=mean is not None, ACT=ACTS[act],
-        PRECISION=precision(x),
+        folded=folded, x=nhwc(x), norm=norm, P=count, C=channels, O=out, NORM=mean is not None, ACT=ACTS[act],
+        FACTOR=factor, PRECISION=precision(x),
     )  # fmt: skip
-    affine = dict(GMEAN=g_mean is not None, GVAR=g_var is not None)
     dx = empty_nhwc(x, x.shape) if need_input else x.new_empty(0)
     dweight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype, device=x.device)
     partial = sums = None
-    if isinstance(tile, Tile):
+    if isinstance(tile, tiles.Block):
         groups = min(cdiv(count, tile.pixels), mp)  # one a multiprocessor: each keeps a dw of its own
         sums = x.new_empty((2, groups, channels), dtype=torch.float32)
         partial = x.new_empty((groups, out, channels), dtype=torch.float32)
         launch(
-            pointwise_backward_kernel, (groups,), warps=tile.warps, stages=tile.stages, g=g, y=y, matrix=matrix,
-            dx=dx, sums=sums, partial=partial, BLOCK_P=tile.pixels, BLOCK_C=tile.columns, BLOCK_O=tile.depth,
-            **common, **affine,
+            pointwise_backward_kernel, (groups,), warps=tile.warps, stages=tile.stages, matrix=matrix, dx=dx,
+            sums=sums, partial=partial, BLOCK_P=tile.pixels, BLOCK_C=tile.columns, BLOCK_O=tile.depth,
+            **common, **incoming,
         )  # fmt: skip
     else:
-        kept = need_input and need_weight and any(affine.values())
         dgrad, wgrad = tile
+        kept = need_input and need_weight and bool(folded.numel())
         if need_input:
-            gy = torch.empty_like(g) if kept else g
+            gy = torch.empty_like(incoming["g"]) if kept else incoming["g"]
             groups = cdiv(count, dgrad.pixels)
             sums = x.new_empty((2, groups, channels), dtype=torch.float32)
             launch(
                 pointwise_dgrad_kernel, (groups * cdiv(channels, dgrad.columns),), warps=dgrad.warps,
-                stages=dgrad.stages, g=g, y=y, matrix=matrix, dx=dx, gy=gy, sums=sums, BLOCK_P=dgrad.pixels,
-                BLOCK_C=dgrad.columns, BLOCK_O=dgrad.depth, KEEP=kept, **common, **affine,
+                stages=dgrad.stages, matrix=matrix, dx=dx, gy=gy, sums=sums, BLOCK_P=dgrad.pixels,
+                BLOCK_C=dgrad.columns, BLOCK_O=dgrad.depth, KEEP=kept, **common, **incoming,
             )  # fmt: skip
             if kept:
-                g, y, affine = gy, gy, dict(GMEAN=False, GVAR=False)
+                incoming = dict(g=gy, y=gy, GMEAN=False, GVAR=False)
         if need_weight:
             blocks = cdiv(out, wgrad.columns) * cdiv(channels, wgrad.depth)
             splits = max(1, min(cdiv(count, 4 * wgrad.pixels), mp // blocks))  # one program a multiprocessor
             partial = x.new_empty((splits, out, channels), dtype=torch.float32)
             launch(
-                pointwise_wgrad_kernel, (splits * blocks,), warps=wgrad.warps, stages=wgrad.stages, g=g, y=y,
-                partial=partial, BLOCK_P=wgrad.pixels, BLOCK_O=wgrad.columns, BLOCK_C=wgrad.depth, KEPT=kept, **common,
-                **affine,
+                pointwise_wgrad_kernel, (splits * blocks,), warps=wgrad.warps, stages=wgrad.stages,
+                partial=partial, BLOCK_P=wgrad.pixels, BLOCK_O=wgrad.columns, BLOCK_C=wgrad.depth, KEPT=kept,
+                **common, **incoming,
             )  # fmt: skip
     sums = sums if mean is not None else None
     vector_grads = finish_matrix(partial, dweight, sums, given, eps, x, channels)

@@ -13,7 +13,6 @@ part would be computed again for every block of outputs, and the ops run apart.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mnops import reference
-from mnops.triton import composed, tune
+from mnops.triton import composed, tiles, tune
 from mnops.triton.common import (
     ACTS,
     activation,
@@ -30,10 +29,11 @@ from mnops.triton.common import (
     load_vectors,
     normalise,
     product,
+    store_vectors,
 )
 from mnops.triton.depthwise_conv2d import depthwise_conv2d
 from mnops.triton.finish import BLOCK
-from mnops.triton.launch import cdiv, empty_nhwc, launch, nhwc, out_size, precision, restored, vectors
+from mnops.triton.launch import cdiv, empty_nhwc, launch, nhwc, norm_arguments, out_size, precision, restored
 from mnops.triton.pointwise_conv2d import pointwise_conv2d
 
 WIDEST = 7  # kernel: a row of it is unrolled
@@ -52,7 +52,8 @@ def separable_prepare_kernel(
     x,  # only for its dtype
     norm, mid,  # (3, C): mean, scale, shift
     eps, mid_eps, C, O, TAPS: tl.constexpr, CAST: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
-    BETA: tl.constexpr, MID: tl.constexpr, MID_GAMMA: tl.constexpr, MID_BETA: tl.constexpr, BLOCK: tl.constexpr,
+    BETA: tl.constexpr, MID_NORM: tl.constexpr, MID_GAMMA: tl.constexpr, MID_BETA: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the convolution would work out anew for every tile."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -60,17 +61,15 @@ def separable_prepare_kernel(
     if CAST:
         tl.store(matrix + i, tl.load(pw_weight + i, mask=i < O * C), mask=i < O * C)
     if NORM:
-        m, scale, shift = channel_norm(mean, var, gamma, beta, eps, i, i < C, NORM, GAMMA, BETA, x.dtype.element_ty)
-        tl.store(norm + i, m, mask=i < C)
-        tl.store(norm + C + i, scale, mask=i < C)
-        tl.store(norm + 2 * C + i, shift, mask=i < C)
-    if MID:  # of a tensor that is in fp32
+        dtype: tl.constexpr = x.dtype.element_ty
+        m, scale, shift = channel_norm(mean, var, gamma, beta, eps, i, i < C, NORM, GAMMA, BETA, dtype)
+        store_vectors(norm, i, i < C, C, m, scale, shift)
+    if MID_NORM:  # of a tensor that is in fp32
         m, scale, shift = channel_norm(
-            mid_mean, mid_var, mid_gamma, mid_beta, mid_eps, i, i < C, MID, MID_GAMMA, MID_BETA, tl.float32
+            mid_mean, mid_var, mid_gamma, mid_beta, mid_eps, i, i < C, MID_NORM, MID_GAMMA, MID_BETA,
+            tl.float32,
         )  # fmt: skip
-        tl.store(mid + i, m, mask=i < C)
-        tl.store(mid + C + i, scale, mask=i < C)
-        tl.store(mid + 2 * C + i, shift, mask=i < C)
+        store_vectors(mid, i, i < C, C, m, scale, shift)
 
 
 @triton.jit(do_not_specialize=["P", "H", "W", "OH", "OW", "pad_top", "pad_left"])
@@ -97,9 +96,7 @@ def separable_conv2d_kernel(
     acc = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
     for block in range(tl.cdiv(C, BLOCK_C)):
         c, c_ok = block_channels(block, C, BLOCK_C)
-        m, scale, shift = c, c, c
-        if NORM:
-            m, scale, shift = load_vectors(norm, c, c_ok, C)
+        m, scale, shift = load_vectors(norm, c, c_ok, C, NORM)
         z = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         for i in tl.range(K, loop_unroll_factor=1, num_stages=1):  # unrolled, its loads take all registers
             row_ok = (p < P) & (h + i * DIL_H >= 0) & (h + i * DIL_H < H)
@@ -109,7 +106,7 @@ def separable_conv2d_kernel(
                 tap = tl.load(taps + ((i * K + j) * C + c), mask=c_ok, other=0.0)
                 z += normalise(stored, ok, m, scale, shift, NORM, ACT) * tap
         if MID:
-            mean, scale, shift = load_vectors(mid, c, c_ok, C)
+            mean, scale, shift = load_vectors(mid, c, c_ok, C, MID)
             z = (z - mean) * scale + shift
         z = activation(z, MID_ACT).to(x.dtype.element_ty)
         part = tl.load(matrix + tl.trans(o) * C + c, mask=tl.trans(o_ok) & c_ok, other=0.0)
@@ -121,38 +118,15 @@ def separable_conv2d_kernel(
 # ---- host ----
 
 
-class Tile(NamedTuple):
-    """Pixels of a program, `depth` channels at a time, and all outputs."""
-
-    pixels: int
-    depth: int
-    warps: int = 4
-    stages: int = 1
-
-
-def tiles(channels: int, out: int, itemsize: int) -> list[Tile]:
-    """Candidates, the first guess first.
-
-    With 64 accumulators a thread and 16 channels at a time (32 bytes of bf16, a sector) 12 to 16 warps are
-    resident, and the loads of some hide behind the products of others; with 64 outputs 32 channels do. One
-    stage: copies of the taps in shared memory would crowd out the L1 that serves them.
-    """
-    deep = 32 if channels > 16 else 16
-    if out <= 64:
-        return list(dict.fromkeys([Tile(64, deep), Tile(128, deep), Tile(64, 16)]))
-    warps = 4 if out <= 128 else 8
-    return list(dict.fromkeys([Tile(64, 16, warps), Tile(64, deep, warps), Tile(128, deep, 2 * warps)]))
-
-
 def _band(rows: int) -> int:
     return next(band for band in range(MOST_BAND, 0, -1) if rows % band == 0)
 
 
 def separable_conv2d(
     x: Tensor, depthwise_weight: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None,
-    gamma: Tensor | None, beta: Tensor | None, eps: float, act: str, mid_mean: Tensor | None, mid_var: Tensor | None,
-    mid_gamma: Tensor | None, mid_beta: Tensor | None, mid_eps: float, mid_act: str, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
+    gamma: Tensor | None, beta: Tensor | None, eps: float, act: str, mid_mean: Tensor | None,
+    mid_var: Tensor | None, mid_gamma: Tensor | None, mid_beta: Tensor | None, mid_eps: float, mid_act: str,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     pending, geometry = (mean, var, gamma, beta, eps, act), (stride, padding, dilation)
     mid = mid_mean, mid_var, mid_gamma, mid_beta, mid_eps, mid_act
@@ -166,11 +140,11 @@ def separable_conv2d(
         y, _, _ = pointwise_conv2d(y, weight, *mid, False)
         return y
 
-    def run(tile: Tile) -> Tensor:
+    def run(tile: tiles.Pixels) -> Tensor:
         return forward(x, depthwise_weight, weight, pending, mid, *geometry, size, tile)
 
     shape = x.dtype, *x.shape[1:], out, kernel, *stride, *dilation
-    return run(tune.best("separable_conv2d", shape, x, tiles(channels, out, x.element_size()), run))
+    return run(tune.best("separable_conv2d", shape, x, tiles.separable(channels, out, x.element_size()), run))
 
 
 def forward(x, depthwise_weight, weight, pending, mid, stride, padding, dilation, size, tile):
@@ -178,28 +152,27 @@ def forward(x, depthwise_weight, weight, pending, mid, stride, padding, dilation
     out, kernel, cast = weight.shape[0], depthwise_weight.shape[2], weight.dtype != x.dtype
     *norm, eps, act = pending
     *mid_norm, mid_eps, mid_act = mid
-    mean, var, gamma, beta, mid_mean, mid_var, mid_gamma, mid_beta = vectors(*norm, *mid_norm)
+    given = norm_arguments(*norm)
+    mid_given = {("MID_" if k.isupper() else "mid_") + k: v for k, v in norm_arguments(*mid_norm).items()}
     weight = weight.contiguous()
     taps = torch.empty((kernel * kernel, channels), dtype=torch.float32, device=x.device)
-    norm, mid_norm = (
-        taps.new_empty((3, channels) if v is not None else 0) for v in (mean, mid_mean)
+    norm, mid_norm = (taps.new_empty((3, channels) if v[0] is not None else 0) for v in (norm, mid_norm))
+    matrix = torch.empty((out, channels), dtype=x.dtype, device=x.device) if cast else weight.view(
+        out, channels
     )
-    matrix = torch.empty((out, channels), dtype=x.dtype, device=x.device) if cast else weight.view(out, channels)
     launch(
         separable_prepare_kernel, (cdiv(max(taps.numel(), cast * matrix.numel()), BLOCK),),
-        dw_weight=depthwise_weight.contiguous(), pw_weight=weight, mean=mean, var=var, gamma=gamma, beta=beta,
-        mid_mean=mid_mean, mid_var=mid_var, mid_gamma=mid_gamma, mid_beta=mid_beta, taps=taps, matrix=matrix, x=x,
-        norm=norm, mid=mid_norm, eps=eps, mid_eps=mid_eps, C=channels, O=out, TAPS=kernel * kernel, CAST=cast,
-        NORM=mean is not None, GAMMA=gamma is not None, BETA=beta is not None, MID=mid_mean is not None,
-        MID_GAMMA=mid_gamma is not None, MID_BETA=mid_beta is not None, BLOCK=BLOCK,
+        dw_weight=depthwise_weight.contiguous(), pw_weight=weight, taps=taps, matrix=matrix, x=x, norm=norm,
+        mid=mid_norm, eps=eps, mid_eps=mid_eps, C=channels, O=out, TAPS=kernel * kernel, CAST=cast,
+        BLOCK=BLOCK, **given, **mid_given,
     )  # fmt: skip
     y, count = empty_nhwc(x, (n, out, *size)), n * size[0] * size[1]
     launch(
         separable_conv2d_kernel, (cdiv(count, tile.pixels),), warps=tile.warps, stages=tile.stages, x=nhwc(x),
-        taps=taps, matrix=matrix, norm=norm, mid=mid_norm, y=y, P=count, H=height, W=width, OH=size[0], OW=size[1],
-        pad_top=padding[0], pad_left=padding[2], C=channels, O=out, K=kernel, STRIDE_H=stride[0],
+        taps=taps, matrix=matrix, norm=norm, mid=mid_norm, y=y, P=count, H=height, W=width, OH=size[0],
+        OW=size[1], pad_top=padding[0], pad_left=padding[2], C=channels, O=out, K=kernel, STRIDE_H=stride[0],
         STRIDE_W=stride[1], DIL_H=dilation[0], DIL_W=dilation[1], BAND=_band(size[0]), BLOCK_P=tile.pixels,
-        BLOCK_O=max(16, triton.next_power_of_2(out)), BLOCK_C=tile.depth, NORM=mean is not None, ACT=ACTS[act],
-        MID=mid_mean is not None, MID_ACT=ACTS[mid_act], PRECISION=precision(x),
+        BLOCK_O=max(16, triton.next_power_of_2(out)), BLOCK_C=tile.depth, NORM=given["NORM"], ACT=ACTS[act],
+        MID=mid_given["MID_NORM"], MID_ACT=ACTS[mid_act], PRECISION=precision(x),
     )  # fmt: skip
     return restored(y, x)

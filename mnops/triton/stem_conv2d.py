@@ -22,17 +22,30 @@ from mnops import reference
 from mnops.triton import composed
 from mnops.triton.common import (
     ACTS,
-    DITHER,
-    block_channels,
     channel_incoming,
     channel_norm,
-    incoming,
+    incoming_tile,
     normalise,
+    pixels,
     product,
+    share,
+    store_measured,
+    store_statistics,
 )
 from mnops.triton.finish import finish_matrix, finish_statistics
-from mnops.triton.launch import cdiv, empty_nhwc, launch, multiprocessors, nhwc, out_size, precision, restored, vectors
-from mnops.triton.pointwise_conv2d import pixels, store_tile
+from mnops.triton.launch import (
+    cdiv,
+    dither,
+    empty_nhwc,
+    incoming_arguments,
+    launch,
+    multiprocessors,
+    nhwc,
+    norm_arguments,
+    out_size,
+    precision,
+    restored,
+)
 
 MOST_TAPS = 256  # K * K * C of one block; 7x7 on RGB has 147
 BLOCK_P = 128  # pixels: with 32 taps and 32 outputs 16 to 32 values a thread
@@ -77,11 +90,11 @@ def stem_conv2d_kernel(
     NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACT: tl.constexpr, MEASURE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(O, BLOCK_O)
-    group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    o, o_ok = block_channels(tl.program_id(0) % blocks, O, BLOCK_O)
+    group, groups, o, o_ok = share(O, BLOCK_O)
     row, column, c, place, t_ok = tap_positions(C, K, TAPS)
-    m, scale, shift = channel_norm(mean, var, gamma, beta, eps, c, t_ok, NORM, GAMMA, BETA, x.dtype.element_ty)
+    m, scale, shift = channel_norm(
+        mean, var, gamma, beta, eps, c, t_ok, NORM, GAMMA, BETA, x.dtype.element_ty
+    )
     w = tl.load(weight + o * (C * K * K) + tl.trans(place), mask=o_ok & tl.trans(t_ok), other=0.0)
     w = w.to(x.dtype.element_ty)
     count = 0.0
@@ -90,18 +103,15 @@ def stem_conv2d_kernel(
     for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
         first, left = pixels(tile, P, BLOCK_P)
         z = gather(
-            x, tile, P, H, W, OH, OW, pad_top, pad_left, row, column, c, t_ok, m, scale, shift, C, STRIDE_H, STRIDE_W,
-            BLOCK_P, NORM, ACT,
+            x, tile, P, H, W, OH, OW, pad_top, pad_left, row, column, c, t_ok, m, scale, shift, C, STRIDE_H,
+            STRIDE_W, BLOCK_P, NORM, ACT,
         )  # fmt: skip
         acc = product(z, w, None, PRECISION)
-        count, mean_y, m2 = store_tile(
+        count, mean_y, m2 = store_measured(
             y + first * O, acc, left, o, o_ok, count, mean_y, m2, O, BLOCK_P, MEASURE
-        )  # fmt: skip
+        )
     if MEASURE:
-        out = stats + group * O + o
-        tl.store(out, count + tl.zeros([1, BLOCK_O], tl.float32), mask=o_ok)
-        tl.store(out + groups * O, mean_y, mask=o_ok)
-        tl.store(out + 2 * groups * O, m2, mask=o_ok)
+        store_statistics(stats, group, groups, o, o_ok, O, count, mean_y, m2)
 
 
 @triton.jit(do_not_specialize=["P", "H", "W", "OH", "OW", "pad_top", "pad_left"])
@@ -115,29 +125,22 @@ def stem_wgrad_kernel(
     C: tl.constexpr, O: tl.constexpr, K: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, TAPS: tl.constexpr,
     NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACT: tl.constexpr, GMEAN: tl.constexpr,
-    GVAR: tl.constexpr, PRECISION: tl.constexpr,
+    GVAR: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(O, BLOCK_O)
-    group, groups = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    o, o_ok = block_channels(tl.program_id(0) % blocks, O, BLOCK_O)
+    group, groups, o, o_ok = share(O, BLOCK_O)
     row, column, c, place, t_ok = tap_positions(C, K, TAPS)
     dtype: tl.constexpr = x.dtype.element_ty
     m, scale, shift = channel_norm(mean, var, gamma, beta, eps, c, t_ok, NORM, GAMMA, BETA, dtype)
-    FACTOR: tl.constexpr = DITHER if (GMEAN or GVAR) and dtype != tl.float32 else 1.0
     gm, gv, my = channel_incoming(g_mean, g_var, mean_y, P, o, o_ok, GMEAN, GVAR, FACTOR, dtype)
-    p = tl.arange(0, BLOCK_P)[:, None]
     dw = tl.zeros([BLOCK_O, TAPS], tl.float32)
     for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
         first, left = pixels(tile, P, BLOCK_P)
-        ok = (p < left) & o_ok
-        mine = tl.load(g + first * O + (p * O + o), mask=ok, other=0.0)
-        other = mine
-        if GVAR:
-            other = tl.load(y + first * O + (p * O + o), mask=ok, other=0.0)
-        part = incoming(mine, other, p < left, gm, gv, my, GMEAN, GVAR, FACTOR).to(dtype)
+        part = incoming_tile(
+            g + first * O, y + first * O, gm, gv, my, left, o, o_ok, O, BLOCK_P, True, GMEAN, GVAR, FACTOR
+        )
         z = gather(
-            x, tile, P, H, W, OH, OW, pad_top, pad_left, row, column, c, t_ok, m, scale, shift, C, STRIDE_H, STRIDE_W,
-            BLOCK_P, NORM, ACT,
+            x, tile, P, H, W, OH, OW, pad_top, pad_left, row, column, c, t_ok, m, scale, shift, C, STRIDE_H,
+            STRIDE_W, BLOCK_P, NORM, ACT,
         )  # fmt: skip
         dw = product(tl.trans(part), z, dw, PRECISION)
     out = partial + (group.to(tl.int64) * O + tl.trans(o)) * (C * K * K) + place
@@ -157,8 +160,8 @@ def _block_o(out: int) -> int:
 
 
 def stem_conv2d(
-    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    eps: float, act: str, stride: Sequence[int], padding: Sequence[int], measure: bool,
+    x: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, act: str, stride: Sequence[int], padding: Sequence[int], measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     args = x, weight, mean, var, gamma, beta, eps, act, stride, padding
     if x.dtype == torch.float64 or x.numel() == 0:
@@ -169,17 +172,16 @@ def stem_conv2d(
     count = n * out_h * out_w
     if not _serves(x, weight, count):
         return composed.forward(*args, (1, 1), measure)
-    mean, var, gamma, beta = vectors(mean, var, gamma, beta)
     blocks = cdiv(out, _block_o(out))
     groups = min(cdiv(count, BLOCK_P), cdiv(PROGRAMS * multiprocessors(x.device), blocks))
     y = empty_nhwc(x, (n, out, out_h, out_w))
     stats = x.new_empty((3, groups, out) if measure else 0, dtype=torch.float32)
     launch(
-        stem_conv2d_kernel, (groups * blocks,), x=nhwc(x), weight=weight.contiguous(), mean=mean, var=var,
-        gamma=gamma, beta=beta, y=y, stats=stats, P=count, H=height, W=width, OH=out_h, OW=out_w,
-        pad_top=padding[0], pad_left=padding[2], eps=eps, C=channels, O=out, K=kernel, STRIDE_H=stride[0],
-        STRIDE_W=stride[1], BLOCK_P=BLOCK_P, BLOCK_O=_block_o(out), TAPS=_taps(weight), NORM=mean is not None,
-        GAMMA=gamma is not None, BETA=beta is not None, ACT=ACTS[act], MEASURE=measure, PRECISION=precision(x),
+        stem_conv2d_kernel, (groups * blocks,), x=nhwc(x), weight=weight.contiguous(), y=y, stats=stats,
+        P=count, H=height, W=width, OH=out_h, OW=out_w, pad_top=padding[0], pad_left=padding[2], eps=eps,
+        C=channels, O=out, K=kernel, STRIDE_H=stride[0], STRIDE_W=stride[1], BLOCK_P=BLOCK_P,
+        BLOCK_O=_block_o(out), TAPS=_taps(weight), ACT=ACTS[act], MEASURE=measure, PRECISION=precision(x),
+        **norm_arguments(mean, var, gamma, beta),
     )  # fmt: skip
     return restored(y, x), *finish_statistics(stats, out, measure)
 
@@ -189,9 +191,9 @@ def _taps(weight: Tensor) -> int:
 
 
 def stem_conv2d_backward(
-    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor, weight: Tensor,
-    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float, act: str,
-    stride: Sequence[int], padding: Sequence[int], need_input: bool, need_weight: bool,
+    g: Tensor, g_mean: Tensor | None, g_var: Tensor | None, y: Tensor, mean_y: Tensor, x: Tensor,
+    weight: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, act: str, stride: Sequence[int], padding: Sequence[int], need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     args = g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, eps, act, stride, padding
     if x.dtype == torch.float64 or x.numel() == 0 or not (need_input or need_weight):
@@ -204,19 +206,16 @@ def stem_conv2d_backward(
     dx, _, *vector_grads = composed.backward(*args, (1, 1), need_input, False)
     dweight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype, device=x.device)
     if need_weight:
-        given = mean, var, gamma, beta = vectors(mean, var, gamma, beta)
-        g_mean, g_var = vectors(g_mean, g_var)
+        norm = norm_arguments(mean, var, gamma, beta)
         blocks = cdiv(out, _block_o(out))
         groups = min(cdiv(count, BLOCK_P), cdiv(PROGRAMS * multiprocessors(x.device), blocks))
         partial = x.new_empty((groups, weight.numel()), dtype=torch.float32)
         launch(
-            stem_wgrad_kernel, (groups * blocks,), g=nhwc(g), y=None if g_var is None else nhwc(y), g_mean=g_mean,
-            g_var=g_var, mean_y=mean_y, x=nhwc(x), mean=mean, var=var, gamma=gamma, beta=beta, partial=partial,
-            P=count, H=height, W=width, OH=out_h, OW=out_w, pad_top=padding[0], pad_left=padding[2], eps=eps,
-            C=channels, O=out, K=weight.shape[2], STRIDE_H=stride[0], STRIDE_W=stride[1], BLOCK_P=BLOCK_P,
-            BLOCK_O=_block_o(out), TAPS=_taps(weight), NORM=mean is not None, GAMMA=gamma is not None,
-            BETA=beta is not None, ACT=ACTS[act], GMEAN=g_mean is not None, GVAR=g_var is not None,
-            PRECISION=precision(x),
+            stem_wgrad_kernel, (groups * blocks,), x=nhwc(x), partial=partial, P=count, H=height, W=width,
+            OH=out_h, OW=out_w, pad_top=padding[0], pad_left=padding[2], eps=eps, C=channels, O=out,
+            K=weight.shape[2], STRIDE_H=stride[0], STRIDE_W=stride[1], BLOCK_P=BLOCK_P, BLOCK_O=_block_o(out),
+            TAPS=_taps(weight), ACT=ACTS[act], FACTOR=dither(g, g_mean, g_var), PRECISION=precision(x),
+            **norm, **incoming_arguments(g, g_mean, g_var, y, mean_y),
         )  # fmt: skip
-        finish_matrix(partial, dweight, None, given, eps, x, channels)
+        finish_matrix(partial, dweight, None, norm, eps, x, channels)
     return dx, dweight, *vector_grads

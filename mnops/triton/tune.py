@@ -53,7 +53,9 @@ def _milliseconds(call: Callable[[], Any]) -> float:
         return float("inf")
 
 
-def best(op: str, shape: Sequence[Any], x: Tensor, candidates: Sequence[Any], run: Callable[[Any], Any]) -> Any:
+def best(
+    op: str, shape: Sequence[Any], x: Tensor, candidates: Sequence[Any], run: Callable[[Any], Any]
+) -> Any:
     """The tile for `run(tile)`, one of `candidates`, the first guess first."""
     if os.environ.get(SWITCH) != "1" or x.device.type != "cuda" or len(candidates) == 1:
         return candidates[0]

@@ -1,0 +1,179 @@
+"""Tiles, what a program works on at a time: of each kernel a short list, the first guess first, with reasons.
+
+Registers are those that `python -m mnops.triton.aot` shows. Without MNOPS_AUTOTUNE=1 the first guess is taken
+(`tune.py`). A list depends on channels, kernel size, dtype and compute capability, never on the batch.
+"""
+
+from typing import NamedTuple
+
+import triton
+
+from mnops.triton.launch import cdiv
+
+
+def _power(size: int, most: int) -> int:
+    """The block that holds size, within what a product takes."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _distinct(tiles: list) -> list:
+    return list(dict.fromkeys(tiles))
+
+
+# ---- depthwise ----
+
+
+class Lanes(NamedTuple):
+    """Of a depthwise kernel: its lanes, and how its programs are made of them."""
+
+    strip: int  # neighbouring output pixels (backward: cells of stride x stride input pixels) of a lane
+    vector: int  # channels of a thread
+    block_c: int  # channels of a program
+    band: int = 14  # rows of a lane, at most
+    unroll: int = 1
+    warps: int = 4
+    programs: int = 8  # a multiprocessor
+
+    @property
+    def lanes(self) -> int:
+        return max(1, 32 * self.warps * self.vector // self.block_c)
+
+
+def _block_c(channels: int) -> int:
+    """Channels of a program: 32 (64 bytes of bf16, two sectors), 16 where that wastes an eighth less."""
+    return 16 if cdiv(channels, 16) * 16 <= 7 / 8 * cdiv(channels, 32) * 32 else 32
+
+
+def depthwise(channels: int, kernel: int, itemsize: int) -> list[Lanes]:
+    """Strips of 4 pixels load 6 columns for 4 (3x3). A thread takes 4 bytes of a pixel, 16 to 32 neighbours
+    load 64 to 128 bytes of it together: 56 to 127 registers, 16 to 36 warps resident (9.0). A 7x7 holds 49
+    taps.
+    """
+    block, vector = _block_c(channels), 4 // itemsize
+    first = Lanes(4, vector, block) if kernel < 7 else Lanes(2, vector, block)
+    return _distinct([first, Lanes(2, 2, block), Lanes(4, 1, block)])
+
+
+def depthwise_backward(channels: int, kernel: int, stride: int, itemsize: int) -> list[Lanes]:
+    """With both gradients a thread holds the taps and their gradients, and the less else the larger they are.
+
+    3x3 at stride 2: strips of 4 cells are 8 columns of x, and take 168 to 209 registers with 8 bytes spilled
+    on 8.0; strips of 2 take 138 to 149, and so many more warps are resident that as many bytes are under way.
+    """
+    block, vector = _block_c(channels), 4 // itemsize
+    if kernel >= 7:  # 254 registers; strips of 4, or two channels, spill
+        return [Lanes(2, 1, block), Lanes(1, 1, block)]
+    narrow = kernel >= 5 or (stride > 1 and vector > 1)  # 5x5: 237 registers, strips of 4 spill
+    first = Lanes(2 if narrow else 4, vector, block)
+    return _distinct([first, Lanes(2, 2, block), Lanes(4, 1, block)])
+
+
+# ---- pointwise ----
+
+
+class Block(NamedTuple):
+    """Of a product: pixels x columns (outputs, or in dgrad channels), `depth` of the sum at a time."""
+
+    pixels: int
+    columns: int
+    depth: int
+    warps: int = 8
+    stages: int = 3
+
+
+class Both(NamedTuple):
+    """Blocks of the two gradients, a kernel each."""
+
+    dgrad: Block
+    wgrad: Block
+
+
+WHOLE = 128  # up to so many channels a block holds all of them
+
+
+def pointwise(channels: int, out: int, itemsize: int) -> list[Block]:
+    """Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under
+    way while these are multiplied. Many: 128 x 128 and a depth of 128 bytes a row, at most 193 registers of 8
+    warps.
+    """
+    columns = _power(out, 128)
+    if channels <= WHOLE:
+        depth = _power(channels, WHOLE)
+        pixels = 64 if depth * itemsize > 128 else 128
+        return _distinct([
+            Block(pixels, columns, depth), Block(64, columns, depth), Block(64, columns, depth, 4),
+            Block(128, columns, depth),
+        ])  # fmt: skip
+    depth = 128 // itemsize
+    if itemsize == 4:
+        return [Block(128, columns, depth), Block(64, columns, depth)]
+    blocks = [
+        Block(128, columns, depth), Block(128, columns, depth // 2, 8, 4), Block(64, columns, depth, 4, 3)
+    ]
+    return blocks + [Block(128, 256, depth), Block(64, 256, depth)] if out >= 256 else blocks
+
+
+def pointwise_backward(
+    channels: int, out: int, itemsize: int, both: bool, capability: int
+) -> list[Block | Both]:
+    """Block: both gradients in one kernel, which holds all channels (columns) and outputs (depth) and dw in
+    registers; else a kernel each.
+
+    From compute capability 9.0 on products read their factors from shared memory: 128 to 254 registers up to
+    128 x 128. Before, w and gy pass through registers beside dw, and 8 warps have room for 64 x 128 weights
+    in bf16 and half as many in fp32: twice that spills 632 bytes a thread and more (bf16), or 256 (fp32).
+    """
+    apart = [Both(*pair) for pair in zip(_dgrad(channels, out, itemsize), _wgrad(channels, out, itemsize))]
+    columns, depth = _power(channels, WHOLE), _power(out, WHOLE)
+    held = WHOLE * WHOLE if capability >= 90 else 64 * 128 * 2 // itemsize
+    if not both or max(channels, out) > WHOLE or columns * depth > held:
+        return apart
+    small = 32 if columns * depth > 64 * 64 else 64
+    if small == 32 and capability < 90:
+        return [Block(small, columns, depth, 8, 2), apart[0]]
+    return [
+        Block(small, columns, depth), Block(64, columns, depth, 8, 2), Block(64, columns, depth),
+        Block(small, columns, depth, 8, 2), apart[0],
+    ]  # fmt: skip
+
+
+def _dgrad(channels: int, out: int, itemsize: int) -> list[Block]:
+    """As `pointwise`; two operands are loaded for gy, and the stored x joins at the end."""
+    columns, depth = _power(channels, 128), min(128 // itemsize, _power(out, 128))
+    blocks = [Block(128, columns, depth), Block(128, columns, max(16, depth // 2)), Block(64, columns, depth)]
+    return blocks + [Block(64, 256, depth)] if itemsize == 2 and channels >= 256 else blocks
+
+
+def _wgrad(channels: int, out: int, itemsize: int) -> list[Block]:
+    """pixels is the depth here, and columns x depth the block of dw."""
+    rows, columns, pixels = _power(out, 128), _power(channels, 128), 128 // itemsize
+    return [
+        Block(pixels, rows, columns), Block(pixels // 2, rows, columns, 8, 4), Block(
+            pixels, rows, columns, 4, 3
+        )
+    ]  # fmt: skip
+
+
+# ---- separable ----
+
+
+class Pixels(NamedTuple):
+    """Of separable_conv2d: pixels of a program, `depth` channels at a time, and all outputs."""
+
+    pixels: int
+    depth: int
+    warps: int = 4
+    stages: int = 1
+
+
+def separable(channels: int, out: int, itemsize: int) -> list[Pixels]:
+    """With 64 accumulators a thread and 16 channels at a time (32 bytes of bf16, a sector) 12 to 16 warps are
+    resident, and the loads of some hide behind the products of others; with 64 outputs 32 channels do. One
+    stage: copies of the taps in shared memory would crowd out the L1 that serves them. fp32 takes 8 warps
+    with 128 outputs, too: with 4 it spills a little on 8.0.
+    """
+    deep = 32 if channels > 16 else 16
+    if out <= 64:
+        return _distinct([Pixels(64, deep), Pixels(128, deep), Pixels(64, 16)])
+    warps = 4 if out <= 128 and itemsize == 2 else 8
+    return _distinct([Pixels(64, 16, warps), Pixels(64, deep, warps), Pixels(128, deep, 2 * warps)])
