@@ -268,15 +268,16 @@ def faces(tmp_path):
     return tmp_path / "faces"
 
 
-def test_a_student_learns_embeddings_from_its_teacher(faces, tmp_path, capsys):
+@pytest.mark.parametrize("seed", range(3))
+def test_a_student_learns_embeddings_from_its_teacher(faces, tmp_path, capsys, seed):
     out = tmp_path / "out"
-    more = "--dim 8 --each 8 --lr 0.01 --teacher-width 0.6 --teacher-epochs 16 --epochs 30 --far 0.1"
-    assert run(face_embeddings, faces, out, more) == 0
+    more = "--dim 8 --each 8 --lr 0.01 --teacher-width 0.6 --teacher-epochs 12 --epochs 16 --far 0.1"
+    assert run(face_embeddings, faces, out, more, "--seed", seed) == 0
     pattern = r"at 0.1 false accepts: teacher ([\d.]+) %, student ([\d.]+) %"
     said = re.search(pattern, capsys.readouterr().out)
-    assert float(said[1]) > 75
+    assert float(said[1]) > 75 and float(said[2]) > 75
     losses = [float(row["loss"]) for row in rows(out / "model.csv")]  # squared distance to the teacher's
-    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert np.mean(losses[-5:]) < 0.25 * losses[0]
     found = rows(out / "pairs.csv")
     assert len(found) == 36 and sum(row["same person"] == "1" for row in found) == 18
     distances = np.array([float(row["student"]) for row in found])

@@ -1,4 +1,4 @@
-"""What the examples share: options, a training loop, predictions, a page to look at, errors."""
+"""What the examples share: options, errors, training, distillation, predictions, a page to look at."""
 
 import argparse
 import base64
@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from mnops.train import TrainError, checkpoint
 from mnops.train.cli import DEFAULTS, MODEL, build_model, ema_weights, number
-from mnops.train.data import Images, StepSampler, Transform, batches, collate, test_keys
+from mnops.train.data import Images, StepSampler, Transform, batches, collate, decode, test_keys
+from mnops.train.distill import Distillation
 from mnops.train.distributed import world
 from mnops.train.log import Csv
 from mnops.train.loop import autocast, step_seed, to_input
@@ -32,15 +33,7 @@ from mnops.train.schedule import lr_factor
 
 # ---- options ----
 
-RUN = {
-    "data",
-    "out",
-    "overwrite",
-    "evaluate",
-    "weights",
-    "workers",
-    "device",
-}  # of this run, not of the model's
+RUN = {"data", "out", "overwrite", "evaluate", "weights", "workers", "device"}  # of a run, not of its model
 
 
 class Command:
@@ -48,16 +41,16 @@ class Command:
 
     Args:
         name: of the module in mnops.examples.
-        description: for --help.
+        doc: its docstring, whose first line is for --help.
         needs: packages, by the names they are imported by; told before the long part where one is missing.
         defaults: settings that differ from those of `python -m mnops train`.
     """
 
-    def __init__(self, name: str, description: str, needs: Sequence[str] = (), **defaults: Any) -> None:
+    def __init__(self, name: str, doc: str, needs: Sequence[str] = (), **defaults: Any) -> None:
         self.needs = needs
         self.name, self.defaults = name, DEFAULTS | {"out": f"runs/{name}", "weights": None} | defaults
         self.parser = argparse.ArgumentParser(
-            prog=f"python -m mnops.examples.{name}", description=description, allow_abbrev=False
+            prog=f"python -m mnops.examples.{name}", description=doc.partition("\n")[0], allow_abbrev=False
         )
         positive = number(float, 0, above=True)
         add = self.option
@@ -84,6 +77,13 @@ class Command:
         default = self.defaults.setdefault(name[2:].replace("-", "_"))
         shown = "" if default is None or isinstance(default, bool) else f" [{default}]"
         self.parser.add_argument(name, help=f"{text}{shown}".strip(), default=default, **more)
+
+    def teacher_options(self) -> None:
+        """What `distilled` reads."""
+        self.option("--teacher", "teacher.pt of an earlier run", metavar="CHECKPOINT")
+        width = number(float, 0, above=True)
+        self.option("--teacher-width", "width multiplier of a new teacher", type=width)
+        self.option("--teacher-epochs", "times over the images for a new teacher", type=number(int, 1))
 
     def __call__(self, run: Callable[[Namespace, torch.device], None]) -> Callable[[list[str] | None], int]:
         """Decorates run(settings, device) to a main(argv): 0; 2 for a mistake of the user's; 130 for ^C."""
@@ -119,10 +119,8 @@ class Command:
                 package = (e.name or "").partition(".")[0]
                 if package == "mnops":
                     raise
-                print(
-                    f"{self.name}: needs the package {package}: pip install 'mnops[examples]'",
-                    file=sys.stderr,
-                )
+                told = f"needs the package {package}: pip install 'mnops[examples]'"
+                print(f"{self.name}: {told}", file=sys.stderr)
                 return 2
             except KeyboardInterrupt:
                 print(f"{self.name}: interrupted", file=sys.stderr)
@@ -130,6 +128,11 @@ class Command:
             return 0
 
         return main
+
+
+def changed(s: Namespace, **settings: Any) -> Namespace:
+    """Other settings in places."""
+    return Namespace(**{**vars(s), **settings})
 
 
 # ---- data ----
@@ -148,9 +151,8 @@ def text_lines(path: Path) -> list[str]:
     except FileNotFoundError as e:
         raise TrainError(f"{path}: there is no such file") from e
     except UnicodeDecodeError as e:
-        raise TrainError(
-            f"{path}: must be a text file in UTF-8, got byte {e.object[e.start]:#x} at {e.start}"
-        ) from e
+        got = f"byte {e.object[e.start]:#x} at {e.start}"
+        raise TrainError(f"{path}: must be a text file in UTF-8, got {got}") from e
 
 
 def existing(path: Path, told_by: str) -> Path:
@@ -163,9 +165,8 @@ def existing(path: Path, told_by: str) -> Path:
 # ---- training ----
 
 
-def network(s: Namespace, outputs: int, device: torch.device, **changed: Any) -> nn.Module:
+def network(s: Namespace, outputs: int, device: torch.device) -> nn.Module:
     """A MobileNet by the settings, from --weights where given; its classifier is new."""
-    s = Namespace(**{**vars(s), **changed})
     model = build_model(s, outputs, device)
     if s.weights:
         path, own = Path(s.weights), model.state_dict()
@@ -181,7 +182,7 @@ def saved(s: Namespace, path: str, build: Callable[[Namespace], nn.Module], **wa
     state = checkpoint.load(Path(path))
     checkpoint.check_settings(state, wanted, Path(path))
     made_with = {k: v for k, v in state.get("settings", {}).items() if k in MODEL}
-    model = build(Namespace(**{**vars(s), **made_with, "weights": None}))
+    model = build(changed(s, **made_with, weights=None))
     checkpoint.load_weights(model, state["model"], Path(path))
     return model
 
@@ -202,16 +203,14 @@ def fit(
     """Trains the model in place; writes OUT/NAME.csv, a row a step, and OUT/NAME.pt, with `extra` in it.
 
     Args:
-        loss: of a batch, (images in [-1, 1], labels) unless `collate` makes something else of it.
+        loss: of a batch, (images as `as_input` makes them, labels).
         keys: the (epoch, index) of each batch; None: every image once an epoch in random order.
         frozen: modules that stay in eval mode: their running statistics stand still.
     """
     if keys is None:
         if len(data) < s.batch_size:
-            raise TrainError(
-                f"--batch-size: must be at most the number of training images = {len(data)}, "
-                f"got {s.batch_size}"
-            )
+            most = f"at most the number of training images = {len(data)}"
+            raise TrainError(f"--batch-size: must be {most}, got {s.batch_size}")
         keys = StepSampler(len(data), s.batch_size, s.seed, 0, s.epochs * (len(data) // s.batch_size), 0, 1)
     total, out = len(keys), Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -229,10 +228,8 @@ def fit(
                 group["lr"] = lr
             torch.manual_seed(step_seed(s.seed, step, 0))
             images, labels = batch
-            if isinstance(images, Tensor):
-                images = to_input(images, s.channels_last)
             with autocast(device, s.amp):
-                value = loss(images, labels)
+                value = loss(as_input(images, s), labels)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
@@ -248,16 +245,60 @@ def fit(
     checkpoint.save(out / f"{name}.pt", {"model": model.state_dict(), "settings": vars(s), **extra})
 
 
+def with_labels(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The loss, for `fit`, of what the model says of images and their labels."""
+    return lambda images, labels: loss(model(images), labels)
+
+
+def distilled(
+    s: Namespace,
+    build: Callable[[Namespace], nn.Module],
+    learn: Callable[[nn.Module, Namespace], None],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    data: Images,
+    device: torch.device,
+    **extra: Any,
+) -> dict[str, nn.Module]:
+    """A teacher, of an earlier run or made to `learn`, and the student that it teaches without labels."""
+    if s.teacher:
+        teacher = saved(s, s.teacher, build, **extra)
+    else:
+        own = changed(s, width=s.teacher_width, epochs=s.teacher_epochs)
+        learn(teacher := build(own), own)
+    student = build(changed(s, weights=s.weights if s.width == s.teacher_width else None))
+    teach = Distillation(teacher, loss)
+    fit(student, lambda images, _: teach(student, images), data, s, device, **extra)
+    return {"teacher": teacher, "student": student}
+
+
+def as_input(images: Tensor | list[Tensor], s: Namespace) -> Tensor | list[Tensor]:
+    """uint8 images as networks take them: a batch in [-1, 1], a detector's list in [0, 1]."""
+    if isinstance(images, Tensor):
+        return to_input(images, s.channels_last)
+    return [image.float() / 255 for image in images]
+
+
 @torch.no_grad()
+def outputs(
+    model: nn.Module,
+    data: Dataset,
+    s: Namespace,
+    device: torch.device,
+    name: str = "test",
+    collate: Callable[[list], Any] = collate,
+) -> Iterator[Any]:
+    """What the model says of each batch of the images, in their order."""
+    model.eval()
+    keys = test_keys(len(data), s.batch_size, 0, 1)
+    for images, _ in tqdm(batches(data, keys, s.workers, device, collate), name, len(keys), unit="batch"):
+        with autocast(device, s.amp):
+            found = model(as_input(images, s))
+        yield found
+
+
 def predict(model: nn.Module, data: Images, s: Namespace, device: torch.device, name: str = "test") -> Tensor:
     """The model's outputs for all images, in their order, on the CPU."""
-    model.eval()
-    found = []
-    keys = test_keys(len(data), s.batch_size, 0, 1)
-    for images, _ in tqdm(batches(data, keys, s.workers, device), name, len(keys), unit="batch"):
-        with autocast(device, s.amp):
-            found.append(model(to_input(images, s.channels_last)).float().cpu())
-    return torch.cat(found)
+    return torch.cat([found.float().cpu() for found in outputs(model, data, s, device, name)])
 
 
 # ---- results ----
@@ -295,8 +336,6 @@ class Page:
     def picture(self, image: Image.Image | np.ndarray | Path, caption: str, side: int = 256) -> None:
         """The image, made smaller where a side is longer than `side` pixels."""
         if isinstance(image, Path):
-            from mnops.train.data import decode
-
             image = decode(image)
         elif isinstance(image, np.ndarray):
             image = Image.fromarray(image)
@@ -317,9 +356,12 @@ class Page:
             f'width="{width:g}">{"".join(shapes)}</svg>'
         )
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, said: str = "") -> None:
+        """Writes it; prints what is `said`, and where it is."""
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(path, lambda file: file.write("\n".join(self.parts).encode()))
+        if said:
+            print(f"{said}; {path}", flush=True)
 
 
 def _shown(value: Any) -> str:

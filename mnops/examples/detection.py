@@ -9,7 +9,7 @@ data set in that format will do.
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -21,23 +21,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from mnops.train import TrainError, checkpoint
 from mnops.train.cli import ema_weights, number
-from mnops.train.data import batches, decode, test_keys
-from mnops.train.loop import autocast
+from mnops.train.data import decode
 
-from .common import Command, Page, existing, fit, saved, write_csv
+from . import common
 
-METRICS = (
-    "mAP",
-    "mAP at IoU 0.5",
-    "mAP at IoU 0.75",
-    "mAP, small",
-    "mAP, medium",
-    "mAP, large",
-)  # COCOeval's order
+# In COCOeval's order.
+METRICS = "mAP", "mAP at IoU 0.5", "mAP at IoU 0.75", "mAP, small", "mAP, medium", "mAP, large"
 
 # ---- data ----
 
@@ -72,7 +64,7 @@ def coco(root: Path, part: str) -> Coco:
     label_of = {id: i for i, (id, _) in enumerate(sorted(categories), 1)}
     images = {}
     for row in _rows(path, content, "images", "id", "file_name", "height", "width"):
-        file = existing(folder / row["file_name"], f"{path}: image {row['id']}")
+        file = common.existing(folder / row["file_name"], f"{path}: image {row['id']}")
         images[row["id"]] = row | {"path": file, "boxes": [], "labels": []}
     for row in _rows(path, content, "annotations", "id", "image_id", "category_id", "bbox", "area"):
         where = f"{path}: annotation {row['id']}"
@@ -132,13 +124,8 @@ def augmentation(kind: str) -> Callable | None:
     from torchvision.transforms import v2
     from torchvision.tv_tensors import BoundingBoxes
 
-    steps = v2.Compose(
-        [
-            *([v2.RandomZoomOut(p=0.3), v2.RandomIoUCrop()] if kind == "crop" else []),
-            v2.RandomHorizontalFlip(),
-            v2.SanitizeBoundingBoxes(min_size=1),
-        ]
-    )
+    crops = [v2.RandomZoomOut(p=0.3), v2.RandomIoUCrop()] if kind == "crop" else []
+    steps = v2.Compose([*crops, v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes(min_size=1)])
 
     def augment(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
@@ -180,26 +167,24 @@ def started(model: nn.Module) -> list[nn.Module]:
 
 
 def losses(model: nn.Module) -> Callable[[list[Tensor], list[dict[str, Tensor]]], Tensor]:
-    def loss(images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
-        return sum(model([image.float() / 255 for image in images], targets).values())
-
-    return loss
+    return lambda images, targets: sum(model(images, targets).values())
 
 
-@torch.no_grad()
 def detect(model: nn.Module, scenes: Scenes, s: Namespace, device: torch.device) -> list[dict[str, Tensor]]:
     """What is found in each image, in their order, on the CPU: boxes, labels and scores."""
-    model.eval()
-    found = []
-    keys = test_keys(len(scenes), s.batch_size, 0, 1)
-    for images, _ in tqdm(batches(scenes, keys, s.workers, device, collate), "test", len(keys), unit="batch"):
-        with autocast(device, s.amp):
-            results = model([image.float() / 255 for image in images])
-        found += [{name: value.float().cpu() for name, value in result.items()} for result in results]
-    return found
+    return [
+        {name: value.float().cpu() for name, value in result.items()}
+        for results in common.outputs(model, scenes, s, device, collate=collate) for result in results
+    ]  # fmt: skip
 
 
 # ---- the result ----
+
+
+def each_box(result: dict[str, Tensor]) -> Iterator[tuple[list[float], int, float]]:
+    """Box, label and score of what is found in an image."""
+    boxes, labels, scores = (result[name].tolist() for name in ("boxes", "labels", "scores"))
+    return zip(boxes, map(int, labels), scores)
 
 
 def coco_map(data: Coco, found: list[dict[str, Tensor]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -210,18 +195,11 @@ def coco_map(data: Coco, found: list[dict[str, Tensor]]) -> tuple[dict[str, floa
 
     rows = []
     for image, result in zip(data.images, found):
-        for (x1, y1, x2, y2), label, score in zip(
-            *(result[k].tolist() for k in ("boxes", "labels", "scores"))
-        ):
-            box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
-            rows.append(
-                {
-                    "image_id": image["id"],
-                    "category_id": data.categories[int(label) - 1][0],
-                    "bbox": box,
-                    "score": round(score, 5),
-                }
-            )
+        for (x1, y1, x2, y2), label, score in each_box(result):
+            rows.append({
+                "image_id": image["id"], "category_id": data.categories[label - 1][0],
+                "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)], "score": round(score, 5),
+            })  # fmt: skip
     if not rows:
         return dict.fromkeys(METRICS, 0.0), rows
     with redirect_stdout(StringIO()):  # it prints as it goes
@@ -238,9 +216,9 @@ def drawn(image: Image.Image, result: dict[str, Tensor], names: list[str], least
     """The image with the boxes that are scored `least` or more, a colour a class."""
     image = image.copy()
     draw = ImageDraw.Draw(image)
-    for box, label, score in zip(*(result[k].tolist() for k in ("boxes", "labels", "scores"))):
+    for box, label, score in each_box(result):
         if score >= least:
-            name, colour = names[int(label) - 1], f"hsl({int(label) * 137 % 360},100%,40%)"
+            name, colour = names[label - 1], f"hsl({label * 137 % 360},100%,40%)"
             draw.rectangle(box, outline=colour, width=max(1, round(min(image.size) / 150)))
             place = draw.textbbox(box[:2], text := f"{name} {score:.2f}")
             draw.rectangle(place, fill=colour)
@@ -248,22 +226,11 @@ def drawn(image: Image.Image, result: dict[str, Tensor], names: list[str], least
     return image
 
 
-command = Command(
-    "detection",
-    __doc__.partition("\n")[0],
-    needs=["torchvision", "pycocotools"],
-    network="ssd",
-    augment=None,
-    freeze_bn=False,
-    show=0.5,
-    pictures=24,
-    size=300,
-    epochs=60,
-    lr=0.004,
-    batch_size=24,
-    warmup_epochs=1.0,
+command = common.Command(
+    "detection", __doc__, ["torchvision", "pycocotools"], network="ssd", augment=None, freeze_bn=False,
+    show=0.5, pictures=24, size=300, epochs=60, lr=0.004, batch_size=24, warmup_epochs=1.0,
     optimizer="rmsprop",
-)
+)  # fmt: skip
 command.option("--network", "ssd is SSD 300, whatever --size", choices=["ssd", "faster_rcnn"])
 command.option("--augment", "[crop for ssd, flip for faster_rcnn]", choices=["none", "flip", "crop"])
 command.option("--freeze-bn", "BatchNorms keep the statistics of --weights", action="store_true")
@@ -278,7 +245,7 @@ def main(s: Namespace, device: torch.device) -> None:
     model_of = partial(detector, categories=len(test.categories), device=device)
     made_with = dict(network=s.network, categories=[list(c) for c in test.categories])
     if s.evaluate:
-        model = saved(s, s.evaluate, model_of, **made_with)
+        model = common.saved(s, s.evaluate, model_of, **made_with)
     else:
         data = coco(root, "train")
         if data.categories != test.categories:
@@ -287,15 +254,15 @@ def main(s: Namespace, device: torch.device) -> None:
         augment = augmentation(s.augment or ("crop" if s.network == "ssd" else "flip"))
         images = [image for image in data.images if image["boxes"]]
         scenes, frozen = Scenes(images, augment, s.seed), started(model) if s.freeze_bn else []
-        fit(model, losses(model), scenes, s, device, frozen=frozen, collate=collate, **made_with)
+        common.fit(model, losses(model), scenes, s, device, frozen=frozen, collate=collate, **made_with)
     report(detect(model, Scenes(test.images), s, device), test, s, out)
 
 
 def report(found: list[dict[str, Tensor]], test: Coco, s: Namespace, out: Path) -> None:
     metrics, rows = coco_map(test, found)
-    write_csv(out / "metrics.csv", ["metric", "value"], metrics.items())
+    common.write_csv(out / "metrics.csv", ["metric", "value"], metrics.items())
     checkpoint.write_atomically(out / "results.json", lambda file: file.write(json.dumps(rows).encode()))
-    page = Page("Object detection")
+    page = common.Page("Object detection")
     page.text(
         f"{len(test.images)} test images, {len(test.categories)} categories. arXiv:1704.04861 has mAP 0.193 "
         "for SSD 300, 0.164 and 0.198 for Faster-RCNN at 300 and 600, on COCO."
@@ -308,8 +275,8 @@ def report(found: list[dict[str, Tensor]], test: Coco, s: Namespace, out: Path) 
         picture = drawn(decode(image["path"]), result, names, s.show)
         picture.save(pictures / f"{Path(image['file_name']).stem}.png")
         page.picture(picture, image["file_name"], 320)
-    page.write(out / "index.html")
     said = f"mAP {metrics['mAP']:.4f}, at IoU 0.5 {metrics['mAP at IoU 0.5']:.4f}"
+    page.write(out / "index.html")
     print(f"{said}, on {len(test.images)} images; {out / 'index.html'} and {pictures}", flush=True)
 
 

@@ -13,24 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mnops.train import TrainError
-from mnops.train.cli import number
-from mnops.train.data import Images
-from mnops.train.distill import Distillation, attribute_loss
+from mnops.train.data import Images, Transform
+from mnops.train.distill import attribute_loss
 
-from .common import (
-    Command,
-    Page,
-    existing,
-    fit,
-    network,
-    predict,
-    saved,
-    text_lines,
-    transforms,
-    write_csv,
-)
+from . import common
 
 TRAIN, TEST = 0, 2  # of list_eval_partition.txt; 1 is validation
 
@@ -38,7 +27,7 @@ TRAIN, TEST = 0, 2  # of list_eval_partition.txt; 1 is validation
 def celeba(root: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
     """File names, attributes (N, A) of 0 and 1, the attributes' names, the partition (N,) of 0, 1, 2."""
     path = root / "list_attr_celeba.txt"
-    lines = text_lines(path)
+    lines = common.text_lines(path)
     if len(lines) < 3 or not lines[0].strip().isdigit():
         raise TrainError(f"{path}: line 1 must be the number of images, got {lines[0] if lines else ''!r}")
     names, files, rows = lines[1].split(), [], []
@@ -47,9 +36,8 @@ def celeba(root: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
             continue
         file, *values = line.split()
         if len(values) != len(names):
-            raise TrainError(
-                f"{path}: line {at} must have {len(names)} values, as line 2 has names, got {len(values)}"
-            )
+            must = f"must have {len(names)} values, as line 2 has names"
+            raise TrainError(f"{path}: line {at} {must}, got {len(values)}")
         wrong = next((v for v in values if v not in ("1", "-1")), None)
         if wrong is not None:
             raise TrainError(f"{path}: line {at}: a value must be 1 or -1, got {wrong!r}")
@@ -59,7 +47,7 @@ def celeba(root: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
         raise TrainError(f"{path}: must have {int(lines[0])} images, as line 1 says, got {len(files)}")
     path = root / "list_eval_partition.txt"
     parts: dict[str, int] = {}
-    for at, line in enumerate(text_lines(path), 1):
+    for at, line in enumerate(common.text_lines(path), 1):
         if line.strip():
             file, _, value = line.strip().rpartition(" ")
             if value not in ("0", "1", "2"):
@@ -71,15 +59,15 @@ def celeba(root: Path) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
     return files, np.array(rows, np.int64), names, np.array([parts[file] for file in files])
 
 
-def part_of(root: Path, s: Namespace, part: int, view, seed: int | None) -> tuple[Images, list[str]]:
+def part_of(root: Path, part: int, view: Transform, seed: int | None = None) -> tuple[Images, list[str]]:
+    """The images of one partition with their attributes, and the attributes' names."""
     files, attributes, names, parts = celeba(root)
     own = np.flatnonzero(parts == part)
     if not len(own):
-        raise TrainError(
-            f"{root / 'list_eval_partition.txt'}: must have images of partition {part}, got none"
-        )
+        path = root / "list_eval_partition.txt"
+        raise TrainError(f"{path}: must have images of partition {part}, got none")
     folder = root / "img_align_celeba"
-    paths = [existing(folder / files[i], str(root / "list_attr_celeba.txt")) for i in own]
+    paths = [common.existing(folder / files[i], str(root / "list_attr_celeba.txt")) for i in own]
     return Images(paths, attributes[own], view, seed), names
 
 
@@ -87,68 +75,40 @@ def average_precisions(scores: np.ndarray, attributes: np.ndarray) -> np.ndarray
     """Average precision (A,) of each attribute: scores and attributes (N, A); NaN where all are alike."""
     from sklearn.metrics import average_precision_score
 
-    return np.array(
-        [
-            average_precision_score(y, x) if 0 < y.sum() < len(y) else np.nan
-            for x, y in zip(scores.T, attributes.T)
-        ]
-    )
+    columns = zip(scores.T, attributes.T)
+    return np.array([average_precision_score(y, x) if 0 < y.sum() < len(y) else np.nan for x, y in columns])
 
 
-command = Command(
-    "face_attributes",
-    __doc__.partition("\n")[0],
-    needs=["sklearn"],
-    teacher=None,
-    teacher_width=1.0,
-    teacher_epochs=10,
-    epochs=10,
-    width=0.5,
-    size=128,
-    lr=0.02,
-    batch_size=128,
-    weight_decay=0.0,
-    crop_scale=[0.7, 1.0],
-    crop=1.0,
-)
-command.option("--teacher", "teacher.pt of an earlier run", metavar="CHECKPOINT")
-command.option("--teacher-width", "width multiplier of a new teacher", type=number(float, 0, above=True))
-command.option("--teacher-epochs", "times over the images for a new teacher", type=number(int, 1))
+command = common.Command(
+    "face_attributes", __doc__, ["sklearn"], teacher=None, teacher_width=1.0, teacher_epochs=10, epochs=10,
+    width=0.5, size=128, lr=0.02, batch_size=128, weight_decay=0.0, crop_scale=[0.7, 1.0], crop=1.0,
+)  # fmt: skip
+command.teacher_options()
 
 
-def with_labels(model: torch.nn.Module):
-    return lambda x, labels: F.binary_cross_entropy_with_logits(model(x), labels.float())
+def attributes_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
 @command
 def main(s: Namespace, device: torch.device) -> None:
     root, out = Path(s.data), Path(s.out)
-    train_view, test_view = transforms(s)
-    train, names = part_of(root, s, TRAIN, train_view, s.seed)
-    test, _ = part_of(root, s, TEST, test_view, None)
+    train_view, test_view = common.transforms(s)
+    train, names = part_of(root, TRAIN, train_view, s.seed)
+    test, _ = part_of(root, TEST, test_view)
 
-    def build(own: Namespace) -> torch.nn.Module:
-        return network(own, len(names), device)
+    def build(own: Namespace) -> nn.Module:
+        return common.network(own, len(names), device)
 
-    models = {}
+    def learn(teacher: nn.Module, own: Namespace) -> None:
+        own, loss = common.changed(own, weight_decay=4e-5), common.with_labels(teacher, attributes_loss)
+        common.fit(teacher, loss, train, own, device, "teacher", classes=names)
+
     if s.evaluate:
-        models["student"] = saved(s, s.evaluate, build, classes=names)
+        models = {"student": common.saved(s, s.evaluate, build, classes=names)}
     else:
-        if s.teacher:
-            teacher = saved(s, s.teacher, build, classes=names)
-        else:
-            own = Namespace(
-                **{**vars(s), "width": s.teacher_width, "epochs": s.teacher_epochs, "weight_decay": 4e-5}
-            )
-            teacher = build(own)
-            fit(teacher, with_labels(teacher), train, own, device, "teacher", classes=names)
-        student = build(
-            Namespace(**{**vars(s), "weights": None if s.width != s.teacher_width else s.weights})
-        )
-        teach = Distillation(teacher, attribute_loss)
-        fit(student, lambda x, _: teach(student, x), train, s, device, classes=names)
-        models = {"teacher": teacher, "student": student}
-    found = {name: predict(model, test, s, device, name).sigmoid().numpy() for name, model in models.items()}
+        models = common.distilled(s, build, learn, attribute_loss, train, device, classes=names)
+    found = {n: common.predict(model, test, s, device, n).sigmoid().numpy() for n, model in models.items()}
     report(found, test, names, out)
 
 
@@ -160,9 +120,9 @@ def report(found: dict[str, np.ndarray], test: Images, names: list[str], out: Pa
         (name, float(share), *(float(v) for v in values))
         for name, share, *values in zip(names, test.labels.mean(0), *precisions.values())
     ]
-    write_csv(out / "attributes.csv", columns, rows)
+    common.write_csv(out / "attributes.csv", columns, rows)
     said = ", ".join(f"{model} {100 * mean:.2f} %" for model, mean in means.items())
-    page = Page("Face attributes")
+    page = common.Page("Face attributes")
     page.text(
         f"Mean average precision of {len(names)} attributes on {len(test)} images: {said}. "
         "An attribute that all or none of them has counts for nothing."
@@ -171,8 +131,7 @@ def report(found: dict[str, np.ndarray], test: Images, names: list[str], out: Pa
         top = np.argsort(-scores)[:5]
         page.picture(path, ", ".join(f"{names[i]} {scores[i]:.2f}{'' if truth[i] else ' (no)'}" for i in top))
     page.table(columns, rows)
-    page.write(out / "index.html")
-    print(f"mean AP: {said}; {out / 'index.html'}", flush=True)
+    page.write(out / "index.html", f"mean AP: {said}")
 
 
 if __name__ == "__main__":

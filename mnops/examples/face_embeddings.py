@@ -11,6 +11,7 @@ accepted, at the distance at which a given share of pairs of two people is.
 
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,9 @@ from torch.utils.data import Sampler
 from mnops.train import TrainError
 from mnops.train.cli import number
 from mnops.train.data import EXTENSIONS, Images, class_folders
-from mnops.train.distill import Distillation, embedding_loss, triplet_loss
+from mnops.train.distill import embedding_loss, triplet_loss
 
-from .common import Command, Page, fit, network, predict, saved, text_lines, transforms, write_csv
+from . import common
 
 
 class Pairs(NamedTuple):
@@ -40,12 +41,11 @@ class Pairs(NamedTuple):
 def lfw_pairs(path: Path, folder: Path) -> Pairs:
     """pairs.txt of LFW: line 1 has the folds and the pairs of each kind in one, then a pair a line: NAME I J
     for one person, NAME I OTHER J for two; image I of NAME is NAME/NAME_000I.* in the folder."""
-    lines = text_lines(path)
+    lines = common.text_lines(path)
     head = lines[0].split() if lines else []
     if len(head) not in (1, 2) or not all(word.isdigit() for word in head):
-        raise TrainError(
-            f"{path}: line 1 must be the numbers of folds and of pairs, got {''.join(lines[:1])!r}"
-        )
+        got = "".join(lines[:1])
+        raise TrainError(f"{path}: line 1 must be the numbers of folds and of pairs, got {got!r}")
     numbers: dict[Path, int] = {}
     pairs = []
     for at, line in enumerate(lines[1:], 2):
@@ -121,88 +121,58 @@ def verification(distances: np.ndarray, same: np.ndarray, far: float) -> Verific
 
 
 class Embedder(nn.Module):
-    """A MobileNet whose last layer gives an embedding of length 1. Shape: (N, 3, H, W) -> (N, D)."""
+    """A MobileNet whose last layer gives an embedding of length 1. Shape: (N, 3, H, W) -> (N, D).
 
-    def __init__(self, net: nn.Module) -> None:
+    A BatchNorm before the length is taken removes what all embeddings have in common. Without it that part
+    may outgrow the rest: then all are alike, and the longer they are, the less their directions learn.
+    """
+
+    def __init__(self, net: nn.Module, momentum: float) -> None:
         super().__init__()
         self.net = net
+        self.norm = nn.BatchNorm1d(net.classifier.out_features, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.net(x))
+        return F.normalize(self.norm(self.net(x)))
 
 
-command = Command(
-    "face_embeddings",
-    __doc__.partition("\n")[0],
-    pairs=None,
-    pairs_images=None,
-    far=1e-3,
-    dim=128,
-    teacher=None,
-    teacher_width=1.0,
-    teacher_epochs=20,
-    epochs=20,
-    width=0.5,
-    size=160,
-    lr=0.02,
-    batch_size=120,
-    each=6,
-    margin=0.2,
-    weight_decay=0.0,
-    crop_scale=[0.7, 1.0],
-    crop=1.0,
-)
+command = common.Command(
+    "face_embeddings", __doc__, pairs=None, pairs_images=None, far=1e-3, dim=128,
+    teacher=None, teacher_width=1.0, teacher_epochs=20, epochs=20, width=0.5, size=160, lr=0.02,
+    batch_size=120, each=6, margin=0.2, weight_decay=0.0, crop_scale=[0.7, 1.0], crop=1.0,
+)  # fmt: skip
 command.option("--pairs", "pairs.txt of LFW [DATA/pairs.txt]", metavar="FILE")
 command.option("--pairs-images", "its folder of PERSON/* [--data]", metavar="DIR")
 command.option("--far", "share of false accepts to report at", type=number(float, 0, 1))
 command.option("--dim", "length of the embedding", type=number(int, 1))
-command.option("--teacher", "teacher.pt of an earlier run", metavar="CHECKPOINT")
-command.option("--teacher-width", "width multiplier of a new teacher", type=number(float, 0, above=True))
-command.option("--teacher-epochs", "times over the images for a new teacher", type=number(int, 1))
+command.teacher_options()
 command.option("--each", "images of a person in a batch of triplets", type=number(int, 2))
 command.option("--margin", "of the triplet loss", type=number(float, 0))
 
 
 @command
 def main(s: Namespace, device: torch.device) -> None:
-    out, train_view, test_view = Path(s.out), *transforms(s)
+    out, train_view, test_view = Path(s.out), *common.transforms(s)
     pairs = lfw_pairs(Path(s.pairs or Path(s.data) / "pairs.txt"), Path(s.pairs_images or s.data))
     test = Images(pairs.images, [0] * len(pairs.images), test_view)
 
     def build(own: Namespace) -> nn.Module:
-        return Embedder(network(own, s.dim, device))
+        return Embedder(common.network(own, s.dim, device), s.bn_momentum).to(device)
 
-    models = {}
+    def learn(teacher: nn.Module, own: Namespace) -> None:
+        keys = PeopleBatches(people.labels, s.batch_size, s.each, own.epochs, s.seed)
+        loss = common.with_labels(teacher, partial(triplet_loss, margin=s.margin))
+        common.fit(teacher, loss, people, own, device, "teacher", keys=keys, dim=s.dim)
+
     if s.evaluate:
-        models["student"] = saved(s, s.evaluate, build, dim=s.dim)
+        models = {"student": common.saved(s, s.evaluate, build, dim=s.dim)}
     else:
         images, labels, _ = class_folders(Path(s.data))
         people = Images(images, labels, train_view, s.seed)
-        if s.teacher:
-            teacher = saved(s, s.teacher, build, dim=s.dim)
-        else:
-            own = Namespace(**{**vars(s), "width": s.teacher_width, "epochs": s.teacher_epochs})
-            teacher = build(own)
-            keys = PeopleBatches(people.labels, s.batch_size, s.each, s.teacher_epochs, s.seed)
-            fit(
-                teacher,
-                lambda x, labels: triplet_loss(teacher(x), labels, s.margin),
-                people,
-                own,
-                device,
-                "teacher",
-                keys=keys,
-                dim=s.dim,
-            )
-        student = build(
-            Namespace(**{**vars(s), "weights": None if s.width != s.teacher_width else s.weights})
-        )
-        teach = Distillation(teacher, embedding_loss)
-        fit(student, lambda x, _: teach(student, x), people, s, device, dim=s.dim)
-        models = {"teacher": teacher, "student": student}
+        models = common.distilled(s, build, learn, embedding_loss, people, device, dim=s.dim)
     distances = {}
     for name, model in models.items():
-        found = predict(model, test, s, device, name).double().numpy()
+        found = common.predict(model, test, s, device, name).double().numpy()
         distances[name] = np.square(found[pairs.first] - found[pairs.second]).sum(1)
     report(distances, pairs, s.far, out)
 
@@ -210,13 +180,13 @@ def main(s: Namespace, device: torch.device) -> None:
 def report(distances: dict[str, np.ndarray], pairs: Pairs, far: float, out: Path) -> None:
     results = {name: verification(found, pairs.same, far) for name, found in distances.items()}
     ends = [(pairs.images[i], pairs.images[j]) for i, j in zip(pairs.first, pairs.second)]
-    write_csv(
+    common.write_csv(
         out / "pairs.csv",
         ["first", "second", "same person", *distances],
         ((*end, int(same), *row) for end, same, *row in zip(ends, pairs.same, *distances.values())),
     )
     others = int((~pairs.same).sum())
-    page = Page("Face embeddings")
+    page = common.Page("Face embeddings")
     page.text(
         f"Share of {pairs.same.sum()} pairs of one person that are accepted at {far:g} false accepts in "
         f"{others} pairs of two people, of which one is {1 / others:.2g}."
@@ -233,9 +203,8 @@ def report(distances: dict[str, np.ndarray], pairs: Pairs, far: float, out: Path
     for k in np.flatnonzero(wrong)[:6]:
         for image in ends[k]:
             page.picture(image, f"{image.parent.name}: squared distance {found[k]:.3f}", 128)
-    page.write(out / "index.html")
     said = ", ".join(f"{name} {100 * result.rate:.2f} %" for name, result in results.items())
-    print(f"verification rate at {far:g} false accepts: {said}; {out / 'index.html'}", flush=True)
+    page.write(out / "index.html", f"verification rate at {far:g} false accepts: {said}")
 
 
 def _curves(distances: dict[str, np.ndarray], same: np.ndarray) -> Iterator[str]:

@@ -13,6 +13,7 @@ share of photos that are placed within 1, 25, 200, 750 and 2500 km.
 import csv
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from mnops.train import TrainError
 from mnops.train.cli import number
 from mnops.train.data import Images
 
-from .common import Command, Page, existing, fit, network, predict, saved, text_lines, transforms, write_csv
+from . import common
 
 EARTH = 6371.0088  # km, the mean radius
 WITHIN = {"street": 1, "city": 25, "region": 200, "country": 750, "continent": 2500}  # km, im2gps' words
@@ -37,15 +38,14 @@ LEAVES = 30  # the finest level of S2
 
 def photos(path: Path) -> tuple[list[Path], np.ndarray]:
     """The photos of a csv and their places (N, 2): latitude and longitude in degrees."""
-    rows = csv.DictReader(text_lines(path))
+    rows = csv.DictReader(common.text_lines(path))
     known = {name.strip().lower(): name for name in rows.fieldnames or []}
     columns = []
     for what, names in COLUMNS.items():
         column = next((known[name] for name in names if name in known), None)
         if column is None:
-            raise TrainError(
-                f"{path}: must have a column for {what}, {' or '.join(names)}, got {', '.join(known)}"
-            )
+            must = f"must have a column for {what}, {' or '.join(names)}"
+            raise TrainError(f"{path}: {must}, got {', '.join(known)}")
         columns.append(column)
     root, images, places = path.parent, [], []
     for row in rows:
@@ -57,11 +57,10 @@ def photos(path: Path) -> tuple[list[Path], np.ndarray]:
             except ValueError:
                 fits = False
             if not fits:
-                raise TrainError(
-                    f"{told_by}: a {what} must be a number of degrees in [-{limit}, {limit}], got {text!r}"
-                )
+                must = f"must be a number of degrees in [-{limit}, {limit}]"
+                raise TrainError(f"{told_by}: a {what} {must}, got {text!r}")
         beside = root / name
-        images.append(beside if beside.is_file() else existing(root / "images" / name, told_by))
+        images.append(beside if beside.is_file() else common.existing(root / "images" / name, told_by))
         places.append([float(text) for text in degrees])
     if not images:
         raise TrainError(f"{path}: must have a photo, got none")
@@ -137,17 +136,9 @@ def leaf_cells(places: np.ndarray) -> np.ndarray:
     return np.array([s2cell.lat_lon_to_cell_id(lat, lon, LEAVES) for lat, lon in places.tolist()], np.uint64)
 
 
-command = Command(
-    "geolocation",
-    __doc__.partition("\n")[0],
-    needs=["s2cell"],
-    most=10_000,
-    least=50,
-    finest=16,
-    epochs=20,
-    lr=0.045,
-    batch_size=128,
-)
+command = common.Command(
+    "geolocation", __doc__, ["s2cell"], most=10_000, least=50, finest=16, epochs=20, lr=0.045, batch_size=128,
+)  # fmt: skip
 command.option("--most", "photos that a cell may hold before it is split", type=number(int, 1))
 command.option("--least", "photos below which a cell is dropped, and they with it", type=number(int, 1))
 command.option("--finest", "level of S2 at which cells are split no more", type=number(int, 0, LEAVES))
@@ -156,30 +147,27 @@ command.option("--finest", "level of S2 at which cells are split no more", type=
 @command
 def main(s: Namespace, device: torch.device) -> None:
     root, out = Path(s.data), Path(s.out)
-    train_view, test_view = transforms(s)
+    train_view, test_view = common.transforms(s)
     test_images, truth = photos(root / "test.csv")
     test = Images(test_images, [0] * len(test_images), test_view)
     images, places = photos(root / "train.csv")
     partition = Partition.of(places, s.most, s.least, s.finest)
     if len(partition) < 2:
-        raise TrainError(
-            f"{root / 'train.csv'}: must make two cells at least, got {len(partition)} from "
-            f"{len(images)} photos with --most {s.most} and --least {s.least}"
-        )
+        got = f"{len(partition)} from {len(images)} photos with --most {s.most} and --least {s.least}"
+        raise TrainError(f"{root / 'train.csv'}: must make two cells at least, got {got}")
     cells = [f"{cell:016x}" for cell in partition.cells.tolist()]
+    model_of = partial(common.network, outputs=len(partition), device=device)
     if s.evaluate:
-        model = saved(s, s.evaluate, lambda own: network(own, len(partition), device), cells=cells)
+        model = common.saved(s, s.evaluate, model_of, cells=cells)
     else:
         labels = partition.find(places)
         kept = np.flatnonzero(labels >= 0)
-        print(
-            f"{len(partition)} cells; {len(images) - len(kept)} of {len(images)} photos are in none",
-            flush=True,
-        )
-        model = network(s, len(partition), device)
+        lost = f"{len(images) - len(kept)} of {len(images)} photos are in none"
+        print(f"{len(partition)} cells; {lost}", flush=True)
+        model = model_of(s)
         train = Images([images[i] for i in kept], labels[kept], train_view, s.seed)
-        fit(model, lambda x, y: F.cross_entropy(model(x), y), train, s, device, cells=cells)
-    report(predict(model, test, s, device), test_images, truth, partition, out)
+        common.fit(model, common.with_labels(model, F.cross_entropy), train, s, device, cells=cells)
+    report(common.predict(model, test, s, device), test_images, truth, partition, out)
 
 
 def report(
@@ -187,16 +175,12 @@ def report(
 ) -> None:
     found = partition.places[logits.argmax(1).numpy()]
     far = kilometres(found, truth)
-    write_csv(
-        out / "places.csv",
-        ["image", "latitude", "longitude", "predicted latitude", "predicted longitude", "km"],
-        (
-            (path, *a, *(f"{v:.5f}" for v in b), f"{d:.3f}")
-            for path, a, b, d in zip(images, truth, found, far)
-        ),
-    )
+    columns = ["image", "latitude", "longitude", "predicted latitude", "predicted longitude", "km"]
+    lines = zip(images, truth, found, far)
+    lines = ((path, *a, f"{b[0]:.5f}", f"{b[1]:.5f}", f"{d:.3f}") for path, a, b, d in lines)
+    common.write_csv(out / "places.csv", columns, lines)
     rows = [(name, km, float(100 * (far <= km).mean())) for name, km in WITHIN.items()]
-    page = Page("Geolocation")
+    page = common.Page("Geolocation")
     page.text(
         f"{len(far)} test photos, {len(partition)} cells; half of them are within {np.median(far):.4g} km."
     )
@@ -207,9 +191,8 @@ def report(
     order = np.argsort(far, kind="stable")
     for i in dict.fromkeys([*order[:8], *order[-8:]]):
         page.picture(images[i], f"{truth[i, 0]:.2f}, {truth[i, 1]:.2f}: {far[i]:.4g} km off")
-    page.write(out / "index.html")
     said = ", ".join(f"{km} km {share:.1f} %" for _, km, share in rows)
-    print(f"within {said}; {out / 'index.html'}", flush=True)
+    page.write(out / "index.html", f"within {said}")
 
 
 def _map(cells: np.ndarray, truth: np.ndarray, found: np.ndarray, limit: int = 2000) -> Iterator[str]:
