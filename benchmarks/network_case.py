@@ -1,4 +1,4 @@
-"""A whole network as a benchmark: MobileNet, or one of torchvision's.
+"""A whole network as a benchmark: MobileNet, or one of torchvision's or timm's.
 
 pass   train   forward, cross-entropy, backward, SGD update
        infer   forward in eval mode
@@ -132,7 +132,7 @@ class NetworkCase:
 
 @dataclass(frozen=True)
 class TorchvisionCase(NetworkCase):
-    """torchvision's network of that name. What it draws at random is left out, so that all agree."""
+    """torchvision's network of that name, or of timm/NAME. What it draws at random is left out: all agree."""
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -145,9 +145,15 @@ class TorchvisionCase(NetworkCase):
 
     def _empty(self) -> nn.Module:
         machine.import_torchvision()
-        import torchvision
+        library, _, name = self.network.name.rpartition("/")
+        if library == "timm":
+            import timm
 
-        module = torchvision.models.get_model(self.network.name)
+            module = timm.create_model(name, drop_rate=0.0)
+        else:
+            import torchvision
+
+            module = torchvision.models.get_model(name)
         for child in module.modules():
             if hasattr(child, "p"):  # dropout, stochastic depth
                 child.p = 0.0

@@ -8,7 +8,7 @@ op measured, it and the activation after it are left to the next op, and what ot
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,10 @@ class _Chain:
         namespace = getattr(torch.ops, backends.choose("norm_act", _example(p.x).device.type))
         return self.graph.call_function(namespace.norm_act.default, (*p, *residual))
 
+    def items(self, found: Node, given: Iterable[bool]) -> list[Node | None]:
+        call = self.graph.call_function
+        return [call(operator.getitem, (found, i)) if there else None for i, there in enumerate(given)]
+
     # ---- rules: their arguments after node are those of the function that node calls ----
 
     def conv(self, node, x, weight, mean, var, gamma, beta, eps, act, *rest):
@@ -125,10 +129,21 @@ class _Chain:
         node.args = (value.pending.x, weight, *value.pending[1:], *rest)
         return True
 
-    def item(self, node, conv, index):
-        if isinstance(conv, Node) and RULES.get(_name(conv)) is _Chain.conv and index == 0:
+    def item(self, node, x, index):
+        if isinstance(x, Node) and RULES.get(_name(x)) is _Chain.conv and index == 0:
             return Left(Pending(node), Raw(node, None, None, None))
-        return None
+        value = self.open(x)
+        return value if value and lazy.covers(index, _example(value.pending.x).shape) else None
+
+    def cat(self, node, tensors, dim=0):
+        values = [self.open(x) for x in tensors]
+        parts = [value and value.pending for value in values]
+        if dim != 1 or not lazy.may_concatenate(parts) or len({value.nchw for value in values}) != 1:
+            return None
+        found = self.graph.call_function(_concatenated, ([tuple(p) for p in parts],))
+        items = self.items(found, [any(p[i] is not None for p in parts) for i in range(5)])
+        items[0].meta["example_value"] = _example(node)
+        return Left(Pending(*items, *parts[0][5:]), None, values[0].nchw)
 
     def add_bias(self, node, x, mean, var, gamma, beta, eps, act, *residual):
         """As conv_output does it."""
@@ -166,8 +181,7 @@ class _Chain:
             mean, var = (call(operator.getitem, (conv, i)) for i in (1, 2))
         raw = y, mean, var, value.raw.bias
         found = call(_vectors, (*raw, running_mean, running_var, weight, bias, training, momentum, eps))
-        given = True, True, weight is not None, bias is not None
-        vectors = [call(operator.getitem, (found, i)) if there else None for i, there in enumerate(given)]
+        vectors = self.items(found, (True, True, weight is not None, bias is not None))
         return Left(Pending(y, *vectors, eps), None, value.nchw)
 
     def activation(self, node, act, x, inplace):
@@ -201,6 +215,10 @@ class _Chain:
 def _vectors(y: Tensor, mean: Any, var: Any, bias: Any, *norm: Any) -> tuple:
     """mean, var, gamma and beta of the norm, the running statistics updated."""
     return lazy.normalised(Raw(y, mean, var, bias), *norm)[1:5]
+
+
+def _concatenated(parts: list[tuple]) -> tuple:
+    return tuple(lazy.concatenate([Pending(*p) for p in parts]))
 
 
 def _name(node: Node) -> str:
@@ -240,4 +258,5 @@ RULES: dict[Any, Callable] = {
     F.hardswish: _activation("hardswish"), F.silu: _activation("silu"),
     **dict.fromkeys((operator.add, torch.add, "add"), _Chain.add),
     **dict.fromkeys((operator.iadd, "add_"), _Chain.add_in_place),
+    **dict.fromkeys((torch.cat, torch.concat), _Chain.cat),
 }  # fmt: skip

@@ -404,7 +404,54 @@ def _add_in_place(a, b, *, alpha=1):
     return out
 
 
+def may_concatenate(parts: list[Pending | None]) -> bool:
+    """Whether one norm and activation is pending on all channels: eps and act are no vectors."""
+    return all(p is not None and p.mean is not None and p[5:] == parts[0][5:] for p in parts)
+
+
+def concatenate(parts: list[Pending]) -> Pending:
+    """Along the channels, what is pending on them too."""
+    xs, means, variances, weights, biases, *_ = zip(*parts)
+    if any(w is not None for w in weights):
+        weights = [torch.ones_like(m) if w is None else w for w, m in zip(weights, means)]
+    if any(b is not None for b in biases):
+        biases = [torch.zeros_like(m) if b is None else b for b, m in zip(biases, means)]
+    vectors = (None if v[0] is None else torch.cat(v) for v in (means, variances, weights, biases))
+    return Pending(torch.cat(xs, 1), *vectors, *parts[0][5:])
+
+
+def _cat(tensors, dim=0, *, out=None):
+    lazily = all(type(z) is LazyTensor and unchanged(z) for z in tensors)
+    if not lazily or dim != 1 or out is not None or len({z.nchw for z in tensors}) != 1:
+        return NotImplemented
+    parts = [z.pending for z in tensors]
+    if not may_concatenate(parts) or len({p.x.shape[2:] for p in parts}) != 1:
+        return NotImplemented
+    if _listeners:
+        for z in tensors:
+            tell(z.source, "concatenated")
+    return lazy(concatenate(parts), tensors[0].nchw, tensors[0].source)
+
+
+def covers(index: Any, shape: tuple) -> bool:
+    """Whether x[index] is all of x, as in GhostNet's x[:, :channels, :, :]."""
+    return (
+        type(index) is tuple
+        and len(index) <= len(shape)
+        and all(
+            type(s) is slice and s.start in (None, 0) and s.step in (None, 1) and s.stop in (None, n)
+            for s, n in zip(index, shape)
+        )
+    )
+
+
+def _item(x, index):
+    whole = type(x) is LazyTensor and unchanged(x) and covers(index, x.pending.x.shape)
+    return x if whole else NotImplemented
+
+
 PLAIN = (Tensor, nn.Parameter, LazyTensor)
+
 
 def _watched(func: Callable) -> Callable:
     """For who wants to see the gradient: from here on z is real, so that all of it passes there."""
@@ -434,6 +481,7 @@ RULES: dict[Callable, Callable] = {
     F.hardswish: _activation("hardswish"), F.silu: _activation("silu"),
     torch.add: _add, Tensor.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
     Tensor.add_: _add_in_place, Tensor.__iadd__: _add_in_place,
+    torch.cat: _cat, torch.concat: _cat, Tensor.__getitem__: _item,
     Tensor.grad_fn.__get__: _watched(Tensor.grad_fn.__get__),
     Tensor.register_hook: _watched(Tensor.register_hook), Tensor.retain_grad: _watched(Tensor.retain_grad),
 }  # fmt: skip

@@ -111,14 +111,90 @@ class Shuffle(nn.Module):
 class Ghost(nn.Module):
     """The module of GhostNet."""
 
-    def __init__(self, i, o):
+    def __init__(self, i, o, act=nn.ReLU):
         super().__init__()
-        self.primary = conv_norm_act(i, o // 2, act=nn.ReLU)
-        self.cheap = conv_norm_act(o // 2, o // 2, 3, groups=o // 2, act=nn.ReLU)
+        self.primary, self.channels = conv_norm_act(i, o // 2, act=act), o
+        self.cheap = conv_norm_act(o // 2, o // 2, 3, groups=o // 2, act=act)
 
     def forward(self, x):
         a = self.primary(x)
-        return torch.cat((a, self.cheap(a)), dim=1)
+        return torch.cat((a, self.cheap(a)), dim=1)[:, : self.channels, :, :]
+
+
+class GhostBlock(nn.Module):
+    """The bottleneck of GhostNet."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.ghost1, self.ghost2 = Ghost(i, 2 * i), Ghost(2 * i, o, None)
+        self.shortcut = nn.Sequential(conv_norm_act(i, i, 3, 1, i, None), conv_norm_act(i, o, act=None))
+
+    def forward(self, x):
+        y = self.ghost2(self.ghost1(x))
+        y += self.shortcut(x)
+        return y
+
+
+class Mixed(nn.Module):
+    """The depthwise part of MixNet: a kernel size for each share of the channels, one of them dilated."""
+
+    def __init__(self, channels):
+        super().__init__()
+        half = channels // 2
+        self.parts = nn.ModuleDict({
+            "0": nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False),
+            "1": nn.Conv2d(half, half, 5, padding=4, dilation=2, groups=half, bias=False),
+        })  # fmt: skip
+        self.half = half
+
+    def forward(self, x):
+        shares = torch.split(x, [self.half, self.half], 1)
+        return torch.cat([conv(share) for share, conv in zip(shares, self.parts.values())], 1)
+
+
+class ConvNeXt(nn.Module):
+    """The block of ConvNeXt: depthwise 7x7, LayerNorm, two Linear with GELU between."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 7, 1, 3, groups=channels), nn.LayerNorm(channels)
+        self.up, self.down = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return x + self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+
+
+class RegNet(nn.Module):
+    """The block of RegNetY: 1x1, grouped 3x3, squeeze-excite, 1x1, the activation after the sum."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv_norm_act(channels, channels, act=nn.ReLU),
+            conv_norm_act(channels, channels, 3, groups=2, act=nn.ReLU),
+            SqueezeExcite(channels),
+            conv_norm_act(channels, channels, act=None),
+        )
+
+    def forward(self, x):
+        return F.relu(x + self.body(x), inplace=True)
+
+
+class Gelu(nn.Module):
+    """The 1x1 and depthwise layers of timm's mobilenetv4_hybrid_large, whose activation no kernel has."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, 2 * channels, 1, bias=False), nn.BatchNorm2d(2 * channels)
+        self.conv2 = nn.Conv2d(2 * channels, 2 * channels, 3, 1, 1, groups=2 * channels, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * channels)
+        self.conv3, self.bn3 = nn.Conv2d(2 * channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        y = F.gelu(self.bn1(self.conv1(x)))
+        y = F.gelu(self.bn2(self.conv2(y)))
+        return x + self.bn3(self.conv3(y))
 
 
 def network(*blocks, channels=8):
@@ -138,8 +214,20 @@ NETWORKS = {
     "attributes": lambda: network(AttributeBlock(8, 8), AttributeBlock(8, 12, 2, nn.ReLU6, False)),
     "functional": lambda: network(Functional(8, 12), Functional(12, 8)),
     "shuffle": lambda: network(Shuffle(8), Shuffle(8)),
-    "ghost": lambda: network(Ghost(8, 16), Ghost(16, 12)),
+    "ghost": lambda: network(Ghost(8, 16), GhostBlock(16, 12), Ghost(12, 8)),
     "bias": lambda: network(conv_norm_act(8, 8, 3, 1, 8, bias=True), conv_norm_act(8, 12, bias=True)),
+}
+
+
+# served in part: (model, (how many convolutions are fused by default, how many can be, of how many))
+PARTLY = {
+    "mixnet": (
+        lambda: network(conv_norm_act(8, 16), Mixed(16), nn.BatchNorm2d(16), nn.SiLU(), conv_norm_act(16, 8)),
+        (3, 3, 5),
+    ),
+    "convnext": (lambda: network(ConvNeXt(8), ConvNeXt(8)), (1, 1, 3)),
+    "regnet": (lambda: network(RegNet(8), RegNet(8)), (0, 5, 11)),
+    "gelu": (lambda: network(Gelu(8), Gelu(8)), (7, 7, 7)),
 }
 
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from fused_models import NETWORKS
+from fused_models import NETWORKS, conv_norm_act
+from fused_models import network as other_network
 from small import images, network, randomise
 from torch import nn
 
@@ -137,13 +138,25 @@ def test_fx():
 # ---- runtimes ----
 
 
-@pytest.mark.parametrize(("act", "node"), [("relu", "Relu"), ("relu6", "Clip")])
-def test_onnx(act, node, tmp_path):
+def other():
+    """A model given to mnops.fuse: stem and six layers, ReLU6."""
+    layers = (conv_norm_act(8, 8, kernel, 1, 8 if kernel > 1 else 1) for kernel in (3, 1, 5, 1, 3, 1))
+    model = other_network(*layers).eval()
+    model(images())  # LazyLinear
+    return mnops.fuse(randomise(model))
+
+
+@pytest.mark.parametrize(
+    ("make", "node"),
+    [(lambda: network(act="relu"), "Relu"), (lambda: network(act="relu6"), "Clip"), (other, "Clip")],
+    ids=["relu", "relu6", "fused"],
+)
+def test_onnx(make, node, tmp_path):
     """onnx's Conv (BatchNormalization folded into it by the exporter), activation, pool and Gemm."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
     runtime = pytest.importorskip("onnxruntime")
-    model, x, file = network(act=act), images(), tmp_path / "model.onnx"
+    model, x, file = make(), images(), tmp_path / "model.onnx"
     torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=({0: FREE},), verbose=False)
     import onnx
 
@@ -159,14 +172,15 @@ def test_onnx(act, node, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_executorch():
+@pytest.mark.parametrize("make", [network, other])
+def test_executorch(make):
     """XNNPACK takes the whole network."""
     pytest.importorskip("executorch")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
 
-    model, x = network(), images()
+    model, x = make(), images()
     lowered = to_edge_transform_and_lower(
         torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()]
     )
@@ -180,7 +194,8 @@ def test_executorch():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor(tmp_path):
-    model, x = randomise(mnops.nn.DepthwiseSeparable(4, 6)).eval(), torch.randn(2, 4, 8, 8)
+    layers = mnops.nn.DepthwiseSeparable(4, 6), *conv_norm_act(6, 6, 3, 1, 6), *conv_norm_act(6, 4)
+    model, x = mnops.fuse(randomise(nn.Sequential(*layers))).eval(), torch.randn(2, 4, 8, 8)
     package = torch._inductor.aoti_compile_and_package(
         torch.export.export(model, (x,)), package_path=str(tmp_path / "block.pt2")
     )

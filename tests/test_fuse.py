@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from fused_models import NETWORKS, SURPRISES, InvertedResidual, conv_norm_act, network
+from fused_models import NETWORKS, PARTLY, SURPRISES, InvertedResidual, conv_norm_act, network
 from torch import nn
 
 import mnops
@@ -77,6 +77,18 @@ def test_surprises(make, count):
     assert_same(stock, fused)
 
 
+@pytest.mark.parametrize("name", PARTLY)
+def test_networks_in_part(name):
+    """What an op serves is fused, the rest left, and both give what they gave."""
+    make, counts = PARTLY[name]
+    stock, fused = pair(make)
+    by_default = mnops.fuse(copy.deepcopy(stock))
+    report = mnops.fusion_report(fused)
+    assert (len(fused_convs(by_default)), len(fused_convs(fused)), len(report)) == counts
+    for model in (fused, by_default):
+        assert_same(copy.deepcopy(stock), model, X.contiguous(memory_format=torch.channels_last))
+
+
 def events(report):
     return {layer.name: list(dict.fromkeys(layer.events)) for layer in report}
 
@@ -102,6 +114,52 @@ def test_attributes_are_chained():
     assert found["1.conv_pw"] == ["chained into 1.conv_dw"]
     assert found["1.conv_dw"] == ["made real by adaptive_avg_pool2d", "made real by mul"]  # squeeze-excite
     assert found["2.conv_dw"] == ["chained into 2.conv_pwl"]
+
+
+def test_concatenated_channels_are_chained():
+    """GhostNet: what is pending on the two halves is pending on both."""
+    _, fused = pair(NETWORKS["ghost"])
+    found = events(mnops.fusion_report(fused, X.contiguous(memory_format=torch.channels_last)))
+    assert found["1.cheap.0"] == ["concatenated"]
+    assert found["1.primary.0"][:3] == [
+        "chained into 1.cheap.0", "concatenated", "chained into 2.ghost1.primary.0"
+    ]  # fmt: skip
+    assert found["2.ghost2.primary.0"][1:] == ["concatenated", "made real with its sum"]
+
+
+class Concatenated(nn.Module):
+    """What does not go together in one norm, or is no concatenation of channels, or is a part of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (conv_norm_act(3, 4, act=act) for act in (nn.ReLU, nn.Hardswish))
+        self.c, self.d = (conv_norm_act(3, 4, 3, 1, 1, act) for act in (nn.ReLU, nn.ReLU))
+        self.d[1].eps = 1e-3
+        self.c[1] = nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x):
+        a, b, c, d = self.a(x), self.b(x), self.c(x), self.d(x)
+        same = torch.cat([a, c, a], 1)
+        parts = same[:, 2:], same[:, :, ::2], same[:, :12, :], same[..., None], same[0]
+        others = torch.cat((a, b), 1), torch.cat((a, d), 1), torch.cat((a, c)), torch.cat((a, x), 1)
+        return torch.stack([(t * t).mean() for t in (*parts, *others, torch.cat((c, c), -1))])
+
+
+def test_what_is_concatenated():
+    assert_same(*pair(Concatenated))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_memory_format(layout):
+    """Every tensor that somebody looks at lies as stock's does."""
+    x, found = X.contiguous(memory_format=layout), []
+    for model in pair(NETWORKS["v3"]):
+        strides = []
+        for module in model.modules():
+            module.register_forward_hook(lambda m, args, out, strides=strides: strides.append(out.stride()))
+        model(x)
+        found.append(strides)
+    assert found[0] == found[1]
 
 
 # ---- what stays ----

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision_support
 from fused_models import NETWORKS, SURPRISES
-from test_fuse import PartlyWithoutGrad, X, everything, fused_convs, pair, run
+from test_fuse import Concatenated, PartlyWithoutGrad, X, everything, fused_convs, pair, run
 from test_fuse_models import prepared
 from torch import nn
 
@@ -93,8 +93,9 @@ def test_checkpoint():
     assert_compiles(stock, fused, modes=(True,), expected=compiled(stock))
 
 
-def test_parts_without_gradients():
-    assert_compiles(*pair(PartlyWithoutGrad), modes=(True,))
+@pytest.mark.parametrize("make", [PartlyWithoutGrad, Concatenated])
+def test_hard_parts(make):
+    assert_compiles(*pair(make), modes=(True,))
 
 
 def test_inductor():
