@@ -55,6 +55,8 @@ class CMakeBuild(build_ext):
         target = ROOT / "mnops" if in_place else built.parent
         build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        # For whom is the CUDA library? In place for this machine's GPU; what is installed, for all of them.
+        architectures = os.environ.get("MNOPS_CUDA_ARCHITECTURES") or ("developer" if in_place else "release")
         configure = [
             "cmake", str(ROOT), "-G", "Ninja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
@@ -67,6 +69,7 @@ class CMakeBuild(build_ext):
             f"-DMNOPS_VERSION={self.distribution.get_version()}",
             f"-DMNOPS_COMMIT={commit()}",
             f"-DMNOPS_CUDA={os.environ.get('MNOPS_CUDA', 'AUTO')}",
+            f"-DMNOPS_CUDA_ARCHITECTURES={architectures}",
             *os.environ.get("MNOPS_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, cwd=build, check=True)

@@ -1,11 +1,15 @@
-// norm_act and norm_act_pool, forward and backward: NHWC, bound by memory.
+// norm_act and norm_act_pool, forward and backward: NHWC and NCHW, bound by memory.
 //
-// A thread owns VEC neighbouring channels (16 bytes where the channel count allows), keeps their norm in registers and
-// walks down pixels; neighbouring threads own neighbouring channels, so a warp reads whole cache lines. Bytes moved:
-// x and z once forward; g, x and dx once backward: the floor. Channel sums are deterministic: every block writes its own
-// partial sums to a workspace, a second small kernel adds them in order and finishes the vectors' gradients.
+// NHWC: a thread owns VEC neighbouring channels (16 bytes where the channel count allows), keeps their norm in registers and
+// walks down pixels; neighbouring threads own neighbouring channels, so a warp reads whole cache lines. NCHW (`planes_`): a
+// block owns a channel, its threads walk along the planes, 16 bytes each where their size allows; to pool, a warp owns a
+// plane. Bytes moved: x and z once forward; g, x and dx once backward; to pool, x once: the floor. Channel sums are
+// deterministic: every block writes its own partial sums to a workspace, a second small kernel adds them in order and
+// finishes the vectors' gradients.
 // It loses where a tensor has so few pixels that the second launch shows.
-#include "cuda/launch.cuh"
+#include <algorithm>
+
+#include "cuda/finish.cuh"
 
 namespace mnops::cuda {
 namespace {
@@ -97,21 +101,6 @@ norm_act_backward(const S* __restrict__ g, const S* __restrict__ x, S* __restric
     }
 }
 
-//   dbeta = sum gp    dgamma = rstd sum gp (x - mean)    dmean = -gamma rstd sum gp    dvar = -1/2 gamma rstd^2 dgamma
-template <class T>
-__global__ void finish_sums(const T* __restrict__ partial, int64_t chunks, int64_t c, NormPointers<T> p, T* dmean, T* dvar,
-                            T* dgamma, T* dbeta) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= c) return;
-  double gp = 0, gpx = 0;
-  for (int64_t k = 0; k < chunks; k++) gp += double(partial[(k * 2) * c + i]), gpx += double(partial[(k * 2 + 1) * c + i]);
-  const double rstd = p.var ? 1 / sqrt(double(p.var[i]) + p.eps) : 1, gamma = p.gamma ? double(p.gamma[i]) : 1;
-  if (dbeta) dbeta[i] = T(gp);
-  if (dgamma) dgamma[i] = T(gpx * rstd);
-  if (dmean) dmean[i] = T(-gamma * rstd * gp);
-  if (dvar) dvar[i] = T(-0.5 * gamma * rstd * rstd * rstd * gpx);
-}
-
 // One block pools VEC * blockDim.x channels of one image.
 template <class S, class T, int VEC>
 __global__ void __launch_bounds__(threads_per_block)
@@ -140,15 +129,110 @@ norm_act_pool(const S* __restrict__ x, S* __restrict__ z, int64_t hw, int64_t c,
     }
 }
 
+// ---- NCHW: a channel's `rows` = n * hw values lie in planes of hw, c planes apart
+
+// Where value r of a channel lies. Hardware divides 32 bits in a third of the time.
+__device__ __forceinline__ int64_t image_of(int64_t r, int64_t hw) {
+  return (r | hw) >> 31 ? r / hw : int64_t(unsigned(r) / unsigned(hw));
+}
+
+template <class S, class T, int VEC>
+__global__ void __launch_bounds__(threads_per_block)
+planes_forward(const S* __restrict__ x, const S* __restrict__ residual, S* __restrict__ z, int64_t rows, int64_t hw, int64_t c,
+               int64_t chunk, NormPointers<T> p) {
+  NormRegisters<T, 1> n;
+  n.load(p, blockIdx.x);
+  const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
+  for (int64_t r = begin + threadIdx.x * VEC; r < end; r += threads_per_block * VEC) {
+    const int64_t at = r + (image_of(r, hw) * (c - 1) + blockIdx.x) * hw;
+    const Pack<S, VEC> in = load_pack<S, VEC>(x + at);
+    Pack<S, VEC> added = {}, out;  // 0: bits of every S
+    if (residual) added = load_pack<S, VEC>(residual + at);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) narrow(activate(p.act, n.pre(widen<T>(in.v[i]), 0)) + widen<T>(added.v[i]), out.v[i]);
+    store_pack(z + at, out);
+  }
+}
+
+// pooled: g is [n][c], spread over a plane each.
+template <class S, class T, int VEC>
+__global__ void __launch_bounds__(threads_per_block)
+planes_backward(const S* __restrict__ g, const S* __restrict__ x, S* __restrict__ dx, T* __restrict__ partial, int64_t rows,
+                int64_t hw, int64_t c, int64_t chunk, bool pooled, NormPointers<T> p) {
+  __shared__ T shared[2][threads_per_block];
+  NormRegisters<T, 1> n;
+  n.load(p, blockIdx.x);
+  T gp = 0, gpx = 0;
+  const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
+  for (int64_t r = begin + threadIdx.x * VEC; r < end; r += threads_per_block * VEC) {
+    const int64_t image = image_of(r, hw), at = r + (image * (c - 1) + blockIdx.x) * hw;
+    const Pack<S, VEC> in = load_pack<S, VEC>(x + at);
+    Pack<S, VEC> gi = {}, out;
+    if (!pooled) gi = load_pack<S, VEC>(g + at);
+    const T spread = pooled ? widen<T>(g[image * c + blockIdx.x]) / T(hw) : T(0);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      const T value = widen<T>(in.v[i]);
+      const T v = activate_grad(p.act, pooled ? spread : widen<T>(gi.v[i]), n.pre(value, 0));
+      gp += v;
+      gpx += v * (value - n.mean[0]);
+      narrow(v * n.scale[0], out.v[i]);
+    }
+    store_pack(dx + at, out);
+  }
+  shared[0][threadIdx.x] = gp, shared[1][threadIdx.x] = gpx;
+  for (int step = threads_per_block / 2; step; step /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < step)
+      for (int k = 0; k < 2; k++) shared[k][threadIdx.x] += shared[k][threadIdx.x + step];
+  }
+  if (threadIdx.x == 0)
+    for (int k = 0; k < 2; k++) partial[(int64_t(blockIdx.y) * 2 + k) * c + blockIdx.x] = shared[k][0];
+}
+
+template <class S, class T, int VEC>
+__global__ void __launch_bounds__(threads_per_block)
+planes_pool(const S* __restrict__ x, S* __restrict__ z, int64_t planes, int64_t hw, int64_t c, NormPointers<T> p) {
+  const int64_t plane = int64_t(blockIdx.x) * (threads_per_block / 32) + threadIdx.x / 32;
+  if (plane >= planes) return;  // a whole warp
+  NormRegisters<T, 1> n;
+  n.load(p, plane % c);
+  T sum = 0;
+  for (int64_t r = int64_t(threadIdx.x % 32) * VEC; r < hw; r += 32 * VEC) {
+    const Pack<S, VEC> in = load_pack<S, VEC>(x + plane * hw + r);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) sum += activate(p.act, n.pre(widen<T>(in.v[i]), 0));
+  }
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  if (threadIdx.x % 32 == 0) narrow(sum / T(hw), z[plane]);
+}
+
+// Grid: channels, chunks of a channel's values.
+Cut planes_cut(int64_t rows, int64_t c, int vec) {
+  STD_TORCH_CHECK(c < int64_t(1) << 31, "norm_act: fewer than 2^31 channels, got ", c);
+  constexpr int64_t most_chunks = 1024;
+  Cut k;
+  k.block = dim3(threads_per_block);
+  k.chunk = std::max<int64_t>(int64_t(threads_per_block) * rows_per_thread, ceil_div(ceil_div(rows, most_chunks), vec)) * vec;
+  k.grid = dim3(unsigned(c), unsigned(ceil_div(rows, k.chunk)));
+  return k;
+}
+
+// ---- host ----
+
 Tensor run(bool pool, const Tensor& x, const PendingTensors& args, const MaybeTensor& residual) {
   STD_TORCH_CHECK(x.dim() == 4, "norm_act: x must be (N, C, H, W), got ", x.dim(), " dimensions");
   if (residual) check_residual(*residual, x);
   const OnDeviceOf guard(x);
   const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3);
   STD_TORCH_CHECK(!pool || hw > 0, "norm_act_pool: the average of an empty map is not defined");
-  const Tensor xl = channels_last(x);
-  const Tensor rl = residual ? channels_last(*residual) : xl;
-  const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type()) : empty_channels_last(x, {n, c, x.size(2), x.size(3)});
+  const bool nchw = wants_nchw(x);
+  auto dense = [&](const Tensor& t) { return nchw ? torch::stable::contiguous(t) : channels_last(t); };
+  const Tensor xl = dense(x), rl = residual ? dense(*residual) : xl;
+  const std::vector<int64_t> size{n, c, x.size(2), x.size(3)};
+  const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type())
+                        : nchw ? empty_like_type(x, size, x.scalar_type()) : empty_channels_last(x, size);
   if (z.numel() == 0) return z;
   const cudaStream_t stream = current_stream(x);
   with_storage(x, [&](auto storage) {
@@ -158,10 +242,15 @@ Tensor run(bool pool, const Tensor& x, const PendingTensors& args, const MaybeTe
     const S* in = static_cast<const S*>(xl.const_data_ptr());
     const S* added = residual ? static_cast<const S*>(rl.const_data_ptr()) : nullptr;
     S* out = static_cast<S*>(z.mutable_data_ptr());
-    with_vector<S>(c, {in, added, out}, [&](auto vec) {
+    with_vector<S>(nchw ? hw : c, {in, added, pool && nchw ? nullptr : out}, [&](auto vec) {
       constexpr int VEC = decltype(vec)::value;
-      Cut k = cut(n * hw, c, VEC);
-      if (pool) {
+      if (nchw && pool)
+        return launch(planes_pool<S, T, VEC>, unsigned(ceil_div(n * c, threads_per_block / 32)), threads_per_block, 0, stream, in, out,
+                      n * c, hw, c, norm.pointers);
+      Cut k = nchw ? planes_cut(n * hw, c, VEC) : cut(n * hw, c, VEC);
+      if (nchw) {
+        launch(planes_forward<S, T, VEC>, k.grid, k.block, 0, stream, in, added, out, n * hw, hw, c, k.chunk, norm.pointers);
+      } else if (pool) {
         for (int64_t first = 0; first < n; first += most_grid_y) {  // the limit of grid.y
           k.grid.y = unsigned(n - first < most_grid_y ? n - first : most_grid_y);
           launch(norm_act_pool<S, T, VEC>, k.grid, k.block, 0, stream, in + first * hw * c, out + first * c, hw, c, norm.pointers);
@@ -171,7 +260,7 @@ Tensor run(bool pool, const Tensor& x, const PendingTensors& args, const MaybeTe
       }
     });
   });
-  return pool ? z : in_layout_of(x, z);
+  return z;
 }
 
 Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
@@ -192,8 +281,10 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
   const OnDeviceOf guard(x);
   const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3), rows = n * hw;
   STD_TORCH_CHECK(g.numel() == (pool ? n * c : rows * c), "norm_act_backward: g must have the shape of the output");
-  const Tensor xl = channels_last(x), gl = pool ? torch::stable::contiguous(g) : channels_last(g);
-  const Tensor dx = empty_channels_last(x, {n, c, x.size(2), x.size(3)});
+  const bool nchw = wants_nchw(x);
+  const Tensor xl = nchw ? x : channels_last(x), gl = pool || nchw ? torch::stable::contiguous(g) : channels_last(g);
+  const std::vector<int64_t> size{n, c, x.size(2), x.size(3)};
+  const Tensor dx = nchw ? empty_like_type(x, size, x.scalar_type()) : empty_channels_last(x, size);
   const cudaStream_t stream = current_stream(x);
   return with_storage(x, [&](auto storage) -> NormGradResult {
     using S = decltype(storage);
@@ -204,21 +295,24 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
     const S* in = static_cast<const S*>(xl.const_data_ptr());
     const S* gi = static_cast<const S*>(gl.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    with_vector<S>(c, {in, gi, out}, [&](auto vec) {
+    with_vector<S>(nchw ? hw : c, {in, pool && nchw ? nullptr : gi, out}, [&](auto vec) {
       constexpr int VEC = decltype(vec)::value;
-      const Cut k = cut(rows, c, VEC);
+      const Cut k = nchw ? planes_cut(rows, c, VEC) : cut(rows, c, VEC);
       const int64_t chunks = rows ? k.grid.y : 0;
       const Tensor partial = empty_like_type(x, {chunks, 2, c}, scalar_type_of<T>());
       T* sums = static_cast<T*>(partial.mutable_data_ptr());
       if (rows && c) {
-        launch(norm_act_backward<S, T, VEC>, k.grid, k.block, 0, stream, gi, in, out, sums, rows, c, k.chunk, pool ? hw : 0, norm.pointers);
+        if (nchw)
+          launch(planes_backward<S, T, VEC>, k.grid, k.block, 0, stream, gi, in, out, sums, rows, hw, c, k.chunk, pool, norm.pointers);
+        else
+          launch(norm_act_backward<S, T, VEC>, k.grid, k.block, 0, stream, gi, in, out, sums, rows, c, k.chunk, pool ? hw : 0,
+                 norm.pointers);
       }
-      if (c) {
-        launch(finish_sums<T>, unsigned((c + 127) / 128), 128, 0, stream, sums, chunks, c, norm.pointers, data_or_null<T>(grads.mean), data_or_null<T>(grads.var),
-                                                                     data_or_null<T>(grads.gamma), data_or_null<T>(grads.beta));
-      }
+      if (c)
+        launch(finish_sums<T>, unsigned(c), finish_threads, 0, stream, sums, chunks, c, norm.pointers, data_or_null<T>(grads.mean),
+               data_or_null<T>(grads.var), data_or_null<T>(grads.gamma), data_or_null<T>(grads.beta));
     });
-    return {in_layout_of(x, dx), grads.mean, grads.var, grads.gamma, grads.beta};
+    return {dx, grads.mean, grads.var, grads.gamma, grads.beta};
   });
 }
 
