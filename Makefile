@@ -38,7 +38,8 @@ test-arm:
 
 # The PyTorch that $(PYTHON) has, and nothing downloaded.
 build-gpu:
-	MNOPS_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace
+	@$(PYTHON) tools/gpu/here.py
+	PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" MNOPS_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m mnops info
 
 test-gpu: build-gpu

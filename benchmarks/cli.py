@@ -49,7 +49,7 @@ TABLES = {
         "depthwise": "ops --op depthwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2",
         "pointwise": "ops --op pointwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2 "
         "--peers mnops-triton torch-nchw torch-channels_last",
-        "startup": "startup --peers mnops torch-channels_last torch-compile",
+        "startup": "startup --peers mnops-triton torch-channels_last torch-compile",
         "calls": "net --pass train infer --batch 256 --dtype bfloat16 --budget 4",
         "autotune": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --launch graph "
         "--budget 4 --peers mnops-triton torch-compile-max",
@@ -61,8 +61,10 @@ PEERS_OF = {
     "onnxruntime openvino xnnpack",
     # mnops by name of the backend: by default the reference serves on a GPU, until one has run the others' tests
     "ops cuda": "mnops-triton torch-nchw torch-channels_last torch-compile",
-    "net cuda": "mnops-triton torch-nchw torch-channels_last torch-compile torch-frozen timm",
-    "quick": "mnops torch-nchw torch-channels_last onnxruntime openvino",
+    "net cuda": "mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max torch-frozen "
+    "timm",
+    "quick cuda": "mnops-triton torch-channels_last torch-compile",
+    "quick cpu": "mnops torch-nchw torch-channels_last onnxruntime openvino",
 }
 
 
@@ -122,6 +124,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench: --device cuda needs a GPU that torch can use, and there is none")
     if args.command in ("table", "all"):
         given = [f"--{k}" for k in ("quick", "fresh") if getattr(args, k)]
         given += ["--budget", str(args.budget)] if args.budget else []
@@ -134,12 +138,10 @@ def main(argv: list[str]) -> int:
             print(f"{name}: python -m mnops bench {tables[name]}", flush=True)
             main([*shlex.split(tables[name]), *given])
         return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("bench: --device cuda needs a GPU that torch can use, and there is none")
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True  # as every training recipe has it
     suite = "net" if args.command in ("net", "startup") else "ops"
-    peers = args.peers or PEERS_OF["quick" if args.quick else f"{suite} {args.device}"].split()
+    peers = args.peers or PEERS_OF[f"{'quick' if args.quick else suite} {args.device}"].split()
     published = RESULTS / f"{machine.slug(machine.name(args.device))}.csv"
     options = Options(
         tuple(peers),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,22 +23,42 @@ class Contender:
 
     def __init__(self, name: str, case: Case, device: str, launch: str) -> None:
         self.case, self.device, self.launch = case, device, launch
-        self.step = PEERS[name].build(case, device)
+        with self._stream():
+            self.step = PEERS[name].build(case, device)
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[None]:
+        """What is to become a CUDA graph runs on the stream of the capture from its first call on."""
+        if self.launch != "graph":
+            yield
+            return
+        torch.cuda.synchronize()
+        with torch.cuda.stream(timing.capture()[0]):
+            yield
+        torch.cuda.synchronize()
 
     def outputs(self) -> list[Tensor]:
         """The results that must agree with the truth."""
-        return self.step.outputs()
+        with self._stream():
+            return self.step.outputs()
 
     def ready(self) -> None:
         """To be called once, when the results are right."""
         if self.launch == "graph":
-            self.step = replace(self.step, call=timing.graphed(self.step.call, 2))
+            with self._stream():
+                call = timing.graphed(self.step.call, self.step.buffers)
+            self.step = replace(self.step, call=call)
 
     def sample(self, repeats: int, first: int) -> float:
-        return timing.sample(self.step.call, repeats, first, self.device)
+        with self._stream():
+            return timing.sample(self.step.call, repeats, first, self.device)
 
     def observe(self, backend: str) -> Row:
         """Memory and the kernels that ran: what is not a time."""
+        with self._stream():
+            return self._observe(backend)
+
+    def _observe(self, backend: str) -> Row:
         row, step = {}, self.step
         if step.forward is not None:
             row["saved_bytes"] = memory.saved_bytes(step.forward, self.device)
@@ -51,8 +73,8 @@ class Contender:
 
 
 class Apart:
-    """The same in a process of its own: malloc keeps what another contender freed, and gives that back without
-    the page faults that its user would see; thread pools, too, are the process's."""
+    """The same in a process of its own: malloc keeps what another contender freed, and gives that back
+    without the page faults that its user would see; thread pools, too, are the process's."""
 
     def __init__(self, name: str, case: Case, device: str, launch: str, threads: int) -> None:
         context = multiprocessing.get_context("spawn")

@@ -165,14 +165,13 @@ class LayerCase:
             return [*y, *torch.autograd.grad(y, into, [g, *incoming], retain_graph=keep)]
 
         if self.phase == "train":
-            return Step(
-                lambda i: backward(i, forward(i)), lambda: backward(0, forward(0)), lambda: forward(0), wanted
-            )
+            train = lambda i: backward(i, forward(i))  # noqa: E731
+            return Step(train, lambda: train(0), lambda: forward(0), wanted, len(buffers))
         if self.phase == "backward":
             graphs = [forward(i) for i in range(len(buffers))]
             again = lambda i: backward(i, graphs[i % len(graphs)], keep=True)  # noqa: E731
-            return Step(again, lambda: again(0))
-        return Step(forward, lambda: forward(0))
+            return Step(again, lambda: again(0), buffers=len(buffers))
+        return Step(forward, lambda: forward(0), buffers=len(buffers))
 
     def truth(self, form: str = "standalone") -> list[Tensor]:
         """The outputs of a step of `form`, computed in fp64 by stock PyTorch."""

@@ -13,7 +13,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -214,7 +214,9 @@ class Mnops(Peer):
 
             return f and run
 
-        return Step(within(step.call), within(step.outputs), within(step.forward), step.parameters)
+        return replace(
+            step, call=within(step.call), outputs=within(step.outputs), forward=within(step.forward)
+        )
 
     def truth(self, case: Case) -> list[Tensor]:
         return case.truth() if case.suite == "net" else case.truth(case.form)

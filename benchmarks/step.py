@@ -20,6 +20,7 @@ class Step:
     outputs: Callable[[], list[Tensor]]  # do it on buffer 0 and give what must agree with the truth
     forward: Callable[[], Any] | None = None  # the part of it that keeps tensors for the backward
     parameters: list[Tensor] = field(default_factory=list)
+    buffers: int = 2  # of which call takes number i modulo this
 
 
 def error(got: list[Any], truth: list[Tensor]) -> float:

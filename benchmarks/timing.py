@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -65,18 +66,29 @@ def interleave(
     return times
 
 
+@functools.cache
+def capture() -> tuple[torch.cuda.Stream, tuple[int, int], torch.cuda.CUDAGraph]:
+    """The stream that everything to be captured runs on from its first call (a backward runs on the stream of
+    its forward), the memory pool of all graphs, and a graph that keeps the pool.
+
+    One pool serves, as graphs are replayed one after the other; a pool each for batch 256 and six contenders
+    would not fit on the device.
+    """
+    stream, pool, keeper = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(keeper, pool=pool, stream=stream):
+        torch.zeros(1, device="cuda")
+    return stream, pool, keeper
+
+
 def graphed(call: Call, buffers: int) -> Call:
     """`call` as a replayed CUDA graph per buffer: what is left when launching costs nothing."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(3):
-            call(i % buffers)
-    torch.cuda.current_stream().wait_stream(side)
+    stream, pool, _ = capture()
+    for i in range(3):
+        call(i % buffers)
     graphs = []
     for i in range(buffers):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             call(i)
         graphs.append(graph)
     return lambda i: graphs[i % buffers].replay()

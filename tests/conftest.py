@@ -7,7 +7,6 @@ os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # threads that spin for tiny tensors starve a busy machine
 
-import hypothesis
 import pytest
 import torch
 
@@ -19,11 +18,14 @@ if backends.INTERPRETED:
 
     interpreter.mend()
 
-# No deadline: a first call on a busy machine may take long. derandomize: a failure is everybody's.
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
-hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
-hypothesis.settings.register_profile("few", deadline=None, derandomize=True, max_examples=20)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+with contextlib.suppress(ImportError):  # where it is not installed, what needs it is skipped
+    import hypothesis
+
+    # No deadline: a first call on a busy machine may take long. derandomize: a failure is everybody's.
+    hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
+    hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
+    hypothesis.settings.register_profile("few", deadline=None, derandomize=True, max_examples=20)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 OPS = [name for name in ops.__all__ if name != "Pending"]

@@ -215,3 +215,55 @@ def test_empty_batch_and_fp64_are_the_references():
     x, weight = torch.randn(1, 8, 4, 4).double(), weight.double()
     y, _, _ = ops.depthwise_conv2d(x, weight, padding=1)
     torch.testing.assert_close(y, F.conv2d(x, weight, padding=1, groups=8))
+
+
+@pytest.fixture
+def only_last_programs(monkeypatch):
+    """Launches do their last programs only, in place, on a grid as if the device had room for all."""
+    from triton.runtime import interpreter
+
+    from mnops.triton import lanes, launch
+
+    def last(*bounds):
+        return range(bounds[0] - 2, bounds[0]) if len(bounds) == 1 and bounds[0] > 20000 else range(*bounds)
+
+    executor = interpreter.GridExecutor
+    monkeypatch.setattr(interpreter, "range", last, raising=False)
+    monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(executor, "_restore_args_dev", lambda *args: None)
+    monkeypatch.setattr(launch, "INTERPRETED_MULTIPROCESSORS", 10**6)
+    monkeypatch.setattr(lanes, "MOST_GROUPS", 10**6)
+
+
+def beyond(n, channels, size):
+    """More than 2^31 elements in channels_last memory, of which what nobody touches takes none."""
+    shape = n, channels, size, size
+    x = torch.empty(shape, dtype=FP16, memory_format=torch.channels_last)
+    assert x[:-1].numel() > 2**31
+    x[-2:] = torch.randn(2, *shape[1:])
+    return x
+
+
+@pytest.mark.parametrize("op", ["depthwise_conv2d", "pointwise_conv2d", "norm_act"])
+def test_offsets_beyond_2_31_elements(op, only_last_programs):
+    """The last pixels of the last image, forward and backward, are those of that image alone."""
+    import mnops.triton as kernels
+
+    x, g = (beyond(8194, 64, 64) for _ in range(2))
+    weight = torch.randn((64, 1, 3, 3) if op == "depthwise_conv2d" else (64, 64, 1, 1))
+    geometry = ([1, 1], [1] * 4, [1, 1]) if op == "depthwise_conv2d" else ()
+    args = (None,) * 4 + (1e-5, "relu", *geometry)
+    if op == "norm_act":
+        y, dx = kernels.norm_act(x, *args), kernels.norm_act_backward(g, x, *args)[0]
+    else:
+        y, mean, _ = getattr(kernels, op)(x, weight, *args, False)
+        dx = getattr(kernels, f"{op}_backward")(g, None, None, y, mean, x, weight, *args, True, False)[0]
+    alone = x[-1:].float().requires_grad_()
+    expected = alone.relu()
+    if op != "norm_act":
+        groups = 64 if op == "depthwise_conv2d" else 1
+        expected = F.conv2d(expected, weight.half().float(), padding=weight.shape[2] // 2, groups=groups)
+    (expected_dx,) = torch.autograd.grad(expected, alone, g[-1:].float())
+    for found, truth in ((y, expected), (dx, expected_dx)):
+        found, truth = found[-1, :, -1, -4:].float(), truth[0, :, -1, -4:]
+        torch.testing.assert_close(found, truth, rtol=1e-2, atol=1e-2)

@@ -28,10 +28,10 @@ from triton.runtime.jit import create_function_from_signature
 
 import mnops.triton as ops
 from mnops.models import mobilenet
-from mnops.triton.launch import Launch, recorded
+from mnops.triton.launch import ASSUMED, Launch, recorded
 
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor
-SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes, for programs, by compute capability
+RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 DTYPES = {  # of x, and whether fp32 products may be tf32; without, they are the library's
     "bfloat16": (torch.bfloat16, False),
     "float16": (torch.float16, False),
@@ -80,7 +80,8 @@ def measured(launch: Launch, arch: int, layer: str, dtype: str) -> Binary:
     shared = binary.metadata.shared
     per_warp = -(-usage["REG"] // 8) * 8 * 32  # registers are given out in eights
     resident = min(REGISTERS // (per_warp * launch.warps), WARPS // launch.warps, 32)
-    resident = min(resident, SHARED[arch] // (shared + 1024))
+    if shared:  # a multiprocessor has as much as one program may take, and what is reserved for that
+        resident = min(resident, (ASSUMED[arch].shared + RESERVED) // (shared + RESERVED))
     spilled = usage["STACK"] + usage["LOCAL"]
     name = launch.kernel.__name__
     return Binary(layer, name, dtype, arch, launch.warps, usage["REG"], spilled, shared, resident)
@@ -167,7 +168,7 @@ def binaries(dtypes: Iterable[str], archs: Iterable[int], select: str = "") -> I
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mnops.triton.aot", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(ASSUMED))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "tf32", "float32"], choices=DTYPES)
     parser.add_argument("--select", default="", metavar="REGEX", help="only where 'layer kernel' matches")
     parser.add_argument("--csv", type=Path, help="write the rows to this file as well")

@@ -23,8 +23,24 @@ from mnops.reference import layout
 DITHER = 1.2360679774997898
 
 INTERPRETED_MULTIPROCESSORS = 2  # enough for a second stage with something to merge
-# For code compiled ahead on a machine without a GPU, by compute capability: A100; H100, H200
-ASSUMED_MULTIPROCESSORS = {80: 108, 90: 132}
+
+
+class Gpu(NamedTuple):
+    """What tiles and grids depend on."""
+
+    capability: int  # 90: 9.0
+    multiprocessors: int
+    shared: int  # bytes of shared memory of a program, at most
+
+
+# For code compiled ahead on a machine without a GPU
+ASSUMED = {
+    80: Gpu(80, 108, 163 << 10),  # A100
+    86: Gpu(86, 84, 99 << 10),  # GeForce 30
+    89: Gpu(89, 128, 99 << 10),  # L40, GeForce 40
+    90: Gpu(90, 132, 227 << 10),  # H100, H200
+    120: Gpu(120, 170, 99 << 10),  # GeForce 50
+}
 
 
 class Launch(NamedTuple):
@@ -89,24 +105,18 @@ def launch(kernel: Any, grid: Sequence[int], warps: int = 4, stages: int = 2, **
         kernel[tuple(grid)](**arguments, num_warps=warps, num_stages=stages)
 
 
-class Gpu(NamedTuple):
-    """What tiles and grids depend on."""
-
-    capability: int  # 90: 9.0
-    multiprocessors: int
-
-
 @functools.cache
 def _gpu(index: int) -> Gpu:
-    properties = torch.cuda.get_device_properties(index)
-    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", 99 << 10)
+    return Gpu(10 * p.major + p.minor, p.multi_processor_count, shared)
 
 
 def gpu(device: torch.device) -> Gpu:
     if device.type == "cpu":
-        return Gpu(_state.capability, INTERPRETED_MULTIPROCESSORS)
+        return ASSUMED[_state.capability]._replace(multiprocessors=INTERPRETED_MULTIPROCESSORS)
     if device.type != "cuda" or not torch.cuda.is_available():
-        return Gpu(_state.capability, ASSUMED_MULTIPROCESSORS[_state.capability])
+        return ASSUMED[_state.capability]
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 

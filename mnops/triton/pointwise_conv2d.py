@@ -316,7 +316,7 @@ def pointwise_conv2d(
     if composed.better(x):
         return composed.forward(*args, (1, 1), (0, 0, 0, 0), (1, 1), measure)
     out, channels = weight.shape[:2]
-    candidates = tiles.pointwise(channels, out, x.element_size())
+    candidates = tiles.pointwise(channels, out, x.element_size(), gpu(x.device))
     shape = x.dtype, *x.shape[1:], out
     return forward(
         *args, measure, tune.best(
@@ -355,8 +355,8 @@ def pointwise_conv2d_backward(
         return composed.backward(*args, (1, 1), (0, 0, 0, 0), (1, 1), need_input, need_weight)
     args = *args, need_input, need_weight
     out, channels = weight.shape[:2]
-    both, capability = need_input and need_weight, gpu(x.device).capability
-    candidates = tiles.pointwise_backward(channels, out, x.element_size(), both, capability)
+    both = need_input and need_weight
+    candidates = tiles.pointwise_backward(channels, out, x.element_size(), both, gpu(x.device))
     shape = x.dtype, *x.shape[1:], out, need_input, need_weight
     return backward(
         *args, tune.best(

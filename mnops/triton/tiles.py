@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import triton
 
-from mnops.triton.launch import cdiv
+from mnops.triton.launch import Gpu, cdiv
 
 
 def _power(size: int, most: int) -> int:
@@ -91,13 +91,16 @@ class Both(NamedTuple):
 WHOLE = 128  # up to so many channels a block holds all of them
 
 
-def pointwise(channels: int, out: int, itemsize: int) -> list[Block]:
+SMALL = 128 << 10  # bytes: less shared memory than this has 8.6, 8.9 and 12.0, whose 99 KiB are a limit
+
+
+def pointwise(channels: int, out: int, itemsize: int, gpu: Gpu) -> list[Block]:
     """Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under
-    way while these are multiplied. Many: 128 x 128 and a depth of 128 bytes a row, at most 193 registers of 8
-    warps.
+    way while these are multiplied; in fp32 150 KB of shared memory. Many: 128 x 128 and a depth of 128 bytes
+    a row, at most 198 registers of 8 warps.
     """
     columns = _power(out, 128)
-    if channels <= WHOLE:
+    if channels <= (WHOLE if gpu.shared >= SMALL else 2 * WHOLE // itemsize):
         depth = _power(channels, WHOLE)
         pixels = 64 if depth * itemsize > 128 else 128
         return _distinct([
@@ -114,23 +117,24 @@ def pointwise(channels: int, out: int, itemsize: int) -> list[Block]:
 
 
 def pointwise_backward(
-    channels: int, out: int, itemsize: int, both: bool, capability: int
+    channels: int, out: int, itemsize: int, both: bool, gpu: Gpu
 ) -> list[Block | Both]:
     """Block: both gradients in one kernel, which holds all channels (columns) and outputs (depth) and dw in
     registers; else a kernel each.
 
-    From compute capability 9.0 on products read their factors from shared memory: 128 to 254 registers up to
-    128 x 128. Before, w and gy pass through registers beside dw, and 8 warps have room for 64 x 128 weights
-    in bf16 and half as many in fp32: twice that spills 632 bytes a thread and more (bf16), or 256 (fp32).
+    Compute capability 9 and 10 multiply from shared memory: 128 to 254 registers up to 128 x 128. On others w
+    and gy pass through registers beside dw, and 8 warps have room for 64 x 128 weights in bf16 and half as
+    many in fp32: twice that spills 632 bytes a thread and more (8.0, bf16), or 256 (fp32).
     """
     apart = [Both(*pair) for pair in zip(_dgrad(channels, out, itemsize), _wgrad(channels, out, itemsize))]
     columns, depth = _power(channels, WHOLE), _power(out, WHOLE)
-    held = WHOLE * WHOLE if capability >= 90 else 64 * 128 * 2 // itemsize
+    from_shared = 90 <= gpu.capability < 120
+    held = WHOLE * WHOLE if from_shared else 64 * 128 * 2 // itemsize
     if not both or max(channels, out) > WHOLE or columns * depth > held:
         return apart
     small = 32 if columns * depth > 64 * 64 else 64
-    if small == 32 and capability < 90:
-        return [Block(small, columns, depth, 8, 2), apart[0]]
+    if not from_shared and (small == 32 or gpu.shared < SMALL):
+        return [Block(32, columns, depth, 8, 2), apart[0]]
     return [
         Block(small, columns, depth), Block(64, columns, depth, 8, 2), Block(64, columns, depth),
         Block(small, columns, depth, 8, 2), apart[0],

@@ -2,8 +2,8 @@
 # make test-gpu: the ops on the GPU for every backend that serves there, then a few of them under NVIDIA's
 # compute-sanitizer where it is installed. Arguments go to pytest. What fails does not keep the rest from running.
 #
-# A first run compiles hundreds of Triton kernels, as one process each core where pytest-xdist is installed; they are kept
-# in ~/.triton.
+# A first run compiles hundreds of Triton kernels, in a process for each core where pytest-xdist is installed; they
+# are kept in ~/.triton.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
@@ -13,8 +13,7 @@ step() {
   "$@" || failed=1
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || exit 1
-$python -c 'import torch; assert torch.cuda.is_available(), "this torch sees no GPU"' || exit 1
+$python tools/gpu/here.py || exit 1
 
 parallel=()
 if $python -c 'import xdist' 2>/dev/null; then
@@ -23,7 +22,7 @@ fi
 # On a GPU hypothesis draws fewer shapes: each is a new kernel.
 export HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-few}
 step $python -m pytest -q -rsf "${parallel[@]}" -k "cuda or graph or triton" \
-  tests/test_backends.py tests/test_ops.py tests/test_cuda_graph.py tests/test_triton.py "$@"
+  tests/test_backends.py tests/test_ops.py tests/test_ops_drawn.py tests/test_cuda_graph.py tests/test_triton.py "$@"
 
 if command -v compute-sanitizer >/dev/null; then
   plain="cuda and plain and test_against_reference and (float32 or bfloat16)"
