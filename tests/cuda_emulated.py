@@ -26,7 +26,7 @@ from test_ops import (
 )
 
 import mnops
-from mnops import ops
+from mnops import Pending, ops
 
 LIBRARY = ctypes.CDLL(os.environ["MNOPS_CUDA_EMULATION"])
 ORDERS = (1, 2, 3)  # last to first, and two shuffles
@@ -66,7 +66,8 @@ def test_norm_act(op, act, dtype):
     def exact(*inputs):
         return norm_and_gradients(stock_pool if op is ops.norm_act_pool else spelled_out, act, *inputs)
 
-    layouts = (("channels_last", (2, 16, 7, 5)), ("nchw", (3, 13, 3, 5)), ("nchw", (2, 16, 4, 8)), ("sliced", (1, 40, 3, 4)))
+    flat = ("nchw", (3, 13, 3, 5)), ("nchw", (2, 16, 4, 8))
+    layouts = ("channels_last", (2, 16, 7, 5)), *flat, ("sliced", (1, 40, 3, 4))
     for layout, shape in layouts:
         case = Case("", "", shape, layout=layout)
         draws = [draw_norm(op, case, dtype, "cpu")]
@@ -264,3 +265,99 @@ def test_separable_of_nothing_and_of_extremes():
         case = Case("", "depthwise", shape)
         y = separable(case, *draw_separable(case, out, BF16, "cpu"))["y"]
         assert y.shape == (shape[0], out, *shape[2:])
+
+
+SHORT = {"plain", "nchw", "stride 2 odd", "5x5", "5x5 stride 2", "channels 13"}
+DEPTHWISES = (
+    *((c, FP32) for c in CASES if c.op == "depthwise"),
+    *((c, d) for c in CASES for d in (BF16, FP16, FP64) if c.op == "depthwise" and c.label in SHORT),
+    # several bands, strips and blocks of channels; phases of dilation that end apart
+    *((Case("bands", "depthwise", (1, 40, 33, 9), act="hardswish"), d) for d in (FP32, FP16)),
+    *((Case("bands of cells", "depthwise", (1, 40, 31, 11), stride=2), d) for d in (FP32, BF16)),
+    *((Case("channels 144", "depthwise", (2, 144, 5, 6), padding=(1, 0, 0, 2)), d) for d in (FP32, BF16)),
+    (Case("dilation 4", "depthwise", (1, 8, 9, 18), padding=4, dilation=4, act="none"), BF16),
+    (Case("stride 2 dilation 2", "depthwise", (1, 8, 9, 8), stride=2, padding=2, dilation=2), FP32),
+    (Case("5x5 stride 2 dilation 3", "depthwise", (1, 8, 15, 16), 0, 5, 2, (6, 5, 7, 0), 3, act="silu"), FP32),
+    (Case("11x11 stride 4", "depthwise", (1, 5, 23, 21), kernel=11, stride=4, padding=5), BF16),
+)
+
+
+@pytest.mark.parametrize(("case", "dtype"), DEPTHWISES, ids=str)
+def test_depthwise(case, dtype):
+    LIBRARY.mnops_cuda_emulation_order(len(case.label) % 4)
+    compare_with_reference(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 4, 5])
+def test_depthwise_same_bits(kernel, stride, dtype):
+    case = Case("", "depthwise", (2, 24, 11, 10), kernel=kernel, stride=stride, padding=kernel // 2)
+    same_bits_in_every_order(case, dtype)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_activations(stride, act):
+    for channels in (8, 5):
+        compare_with_reference(Case("", "depthwise", (2, channels, 6, 7), stride=stride, act=act), FP32, "cpu")
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_depthwise_at_a_mean_of_1000_deviations(dtype, layout):
+    case = Case("", "depthwise", (2, 16, 30, 29), padding=0, layout=layout)
+    weight = torch.zeros(16, 1, 3, 3)
+    weight[:, :, 1, 1] = 1
+    x = case.x(FP32, "cpu") + 1000
+    y, mean, var = case.conv(x.to(dtype), weight.to(dtype))
+    var_of_y, mean_of_y = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), mean_of_y, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), var_of_y, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_depthwise_keeps_nan(dtype, layout):
+    case = Case("", "depthwise", (2, 8, 9, 9), layout=layout)
+    x = case.x(dtype, "cpu")
+    x[0, :, 1, 1] = torch.nan
+    y, mean, var = case.conv(Pending(x, act="relu6"), case.weight(dtype, "cpu"))
+    assert y[0, :, :3, :3].isnan().all() and not y[0, :, 3:].isnan().any() and not y[1].isnan().any()
+    assert mean.isnan().all() and var.isnan().all()
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_reads_nothing_beyond_its_tensors(kernel, stride):
+    """x, g and y lie amid NaN: one that a kernel read and used would show."""
+    case = Case("", "depthwise", (1, 8, 6, 7), kernel=kernel, stride=stride, padding=kernel // 2)
+
+    def amid_nan(t):
+        wide = torch.full((t.numel() + 2048,), torch.nan, dtype=t.dtype)
+        held = wide[1024 : 1024 + t.numel()].view(t.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        return held.copy_(t)
+
+    x, weight, g = case.x(FP32, "cpu"), case.weight(FP32, "cpu"), torch.rand(8) + 0.5
+    norm, geometry = (g, g, g, g, 1e-3, "relu"), ([stride] * 2, [kernel // 2] * 4, [1, 1])
+    op = torch.ops.mnops_cuda_emulated
+    y, mean, var = op.depthwise_conv2d(amid_nan(x), weight, *norm, *geometry, True)
+    assert mnops.backends.BACKENDS["cuda"].namespace == "mnops_cuda_emulated"
+    y_r, mean_r, var_r = mnops.reference.depthwise_conv2d(x, weight, *norm, *geometry, True)
+    torch.testing.assert_close((y, mean, var), (y_r, mean_r, var_r))
+    g_y = torch.randn(y.shape)
+    for needs in ((True, True), (True, False), (False, True)):
+        got = op.depthwise_conv2d_backward(
+            amid_nan(g_y), g, g, amid_nan(y), mean, amid_nan(x), weight, *norm, *geometry, *needs
+        )
+        expected = mnops.reference.depthwise_conv2d_backward(
+            g_y, g, g, y, mean, x, weight, *norm, *geometry, *needs
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_depthwise_of_nothing():
+    x, weight = torch.randn(0, 8, 8, 8).requires_grad_(), torch.randn(8, 1, 3, 3).requires_grad_()
+    y, _, _ = ops.depthwise_conv2d(x, weight, 2, 1)
+    dx, dweight = torch.autograd.grad(y, (x, weight), torch.randn(y.shape))
+    assert y.shape == (0, 8, 4, 4) and dx.shape == x.shape and not dweight.any()

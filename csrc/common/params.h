@@ -39,6 +39,12 @@ struct NormSums {
   double *gp, *gpx;
 };
 
+// What depthwise_conv2d is asked to do, before it is cut.
+struct DepthwiseShape {
+  int64_t n, h, w, c, ho, wo;
+  int kh, kw, sh, sw, dh, dw, pad_top, pad_left;
+};
+
 // NHWC tensors, dense. Rows of channels are c long; padded vectors (weights, norms) are channel_pad(c) long.
 template <class T> struct Depthwise {
   int64_t n, h, w, c, ho, wo;

@@ -1,6 +1,7 @@
 #include "cpu/drivers/separable_conv2d.h"
 
-#include "cpu/depthwise_shape.h"
+#include "common/depthwise_shape.h"
+#include "cpu/tensors.h"
 
 namespace mnops {
 namespace {

@@ -9,7 +9,9 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "common/params.h"
@@ -42,6 +44,36 @@ template <class S, int VEC> __device__ __forceinline__ void store_pack(S* to, co
 }
 template <class S, int VEC> __device__ __forceinline__ Pack<S, VEC> zero_pack() {  // bits 0 are 0 in every S
   return Pack<S, VEC>{};
+}
+
+// The values of a pack. bf16 two at a time by hand: an instruction each, where the compiler takes two.
+template <class T, class S, int VEC> __device__ __forceinline__ void widen_pack(const Pack<S, VEC>& from, T (&to)[VEC]) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16> && VEC % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < VEC; i += 2) {
+      uint32_t both, high;
+      memcpy(&both, static_cast<const void*>(&from.v[i]), 4);
+      high = both & 0xffff0000u, both <<= 16;
+      memcpy(&to[i], &both, 4), memcpy(&to[i + 1], &high, 4);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) to[i] = widen<T>(from.v[i]);
+  }
+}
+template <class T, class S, int VEC> __device__ __forceinline__ void narrow_pack(const T (&from)[VEC], Pack<S, VEC>& to) {
+#ifndef MNOPS_EMULATE_CUDA  // the same rounding, two to an instruction
+  if constexpr (std::is_same_v<S, __nv_bfloat16> && VEC % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < VEC; i += 2) {
+      const __nv_bfloat162 both = __floats2bfloat162_rn(from[i], from[i + 1]);
+      to.v[i] = both.x, to.v[i + 1] = both.y;
+    }
+    return;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < VEC; i++) narrow(from[i], to.v[i]);
 }
 
 // ---- shared memory and copies into it ----
@@ -114,6 +146,25 @@ template <class T> __device__ __forceinline__ T activate_grad(Act act, T g, T p)
   }
 }
 
+// none, relu and relu6 as bounds: two instructions for any of them, where the kernel is not compiled for each.
+template <class T> struct Bounds {
+  T low, high;
+  __device__ __forceinline__ explicit Bounds(Act act)
+      : low(act == Act::none ? T(-INFINITY) : T(0)), high(act == Act::relu6 ? T(6) : T(INFINITY)) {}
+  static bool serve(Act act) { return act == Act::none || act == Act::relu || act == Act::relu6; }
+};
+template <class T> __device__ __forceinline__ T clamp(T p, T low, T high) {  // NaN passes
+#ifndef MNOPS_EMULATE_CUDA
+  if constexpr (std::is_same_v<T, float>) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(p) : "f"(low));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(p) : "f"(high));
+    return p;
+  }
+#endif
+  p = p < low ? low : p;
+  return p > high ? high : p;
+}
+
 // ---- the pending norm ----
 
 template <class T> struct NormPointers {
@@ -139,11 +190,44 @@ template <class T, int VEC> struct NormRegisters {
   __device__ __forceinline__ T pre(T x, int i) const { return (x - mean[i]) * scale[i] + shift[i]; }
 };
 
+// The same in one multiply-add, for half precision storage: there |mean| / std of 1000 has cost x its digits already.
+// fp32 and fp64 subtract the mean first.
+template <class S, class T, int VEC> struct FoldedNorm {
+  static constexpr bool folded = sizeof(S) == 2;
+  T mean[VEC], scale[VEC], shift[VEC];
+  __device__ __forceinline__ void load(const NormPointers<T>& p, int64_t c) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      const T var = p.var ? p.var[c + i] : T(0);
+      mean[i] = p.mean ? p.mean[c + i] : T(0);
+      scale[i] = (p.gamma ? p.gamma[c + i] : T(1)) / (p.var ? sqrt(var + T(p.eps)) : T(1));
+      shift[i] = p.beta ? p.beta[c + i] : T(0);
+      if (folded) shift[i] -= mean[i] * scale[i];
+    }
+  }
+  __device__ __forceinline__ T pre(T x, int i) const { return (folded ? x : x - mean[i]) * scale[i] + shift[i]; }
+};
+
 // The gradient that reaches a raw output y whose statistics were used: gy = g + offset + slope * (y - mean),
 // offset = g_mean / P, slope = 2 g_var / P.
 template <class T> struct IncomingPointers {
   const T *g_mean, *g_var, *mean;  // null where the statistic was not used
   double count;                    // P: values a channel
+};
+
+template <class S, class T, int VEC> struct FoldedIncoming {
+  static constexpr bool folded = sizeof(S) == 2;
+  T mean[VEC], slope[VEC], offset[VEC];
+  __device__ __forceinline__ void load(const IncomingPointers<T>& p, int64_t c) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      mean[i] = p.g_var ? p.mean[c + i] : T(0);
+      slope[i] = p.g_var ? T(2) * p.g_var[c + i] / T(p.count) : T(0);
+      offset[i] = p.g_mean ? p.g_mean[c + i] / T(p.count) : T(0);
+      if (folded) offset[i] -= mean[i] * slope[i];
+    }
+  }
+  __device__ __forceinline__ T gy(T g, T y, int i) const { return g + (offset[i] + (folded ? y : y - mean[i]) * slope[i]); }
 };
 
 }  // namespace mnops::cuda

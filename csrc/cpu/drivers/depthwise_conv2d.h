@@ -4,12 +4,6 @@
 
 namespace mnops {
 
-// What depthwise_conv2d is asked to do, before it is cut.
-struct DepthwiseShape {
-  int64_t n, h, w, c, ho, wo;
-  int kh, kw, sh, sw, dh, dw, pad_top, pad_left;
-};
-
 template <class T> Depthwise<T> plan_depthwise(const DepthwiseShape& s, int threads, int64_t rows) {
   Depthwise<T> p{};
   p.n = s.n, p.h = s.h, p.w = s.w, p.c = s.c, p.ho = s.ho, p.wo = s.wo;

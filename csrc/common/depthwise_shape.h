@@ -1,7 +1,6 @@
 // The sizes of a depthwise convolution from its tensors, shared by depthwise_conv2d and separable_conv2d.
 #pragma once
-#include "cpu/drivers/depthwise_conv2d.h"
-#include "cpu/tensors.h"
+#include "common/tensors.h"
 
 namespace mnops {
 
