@@ -13,11 +13,13 @@ try:
 except ImportError as error:
     raise ImportError("the package triton is not installed (pip install triton)") from error
 
-from mnops.triton.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
+from mnops.triton.depthwise_conv2d import depthwise_conv2d
+from mnops.triton.depthwise_conv2d_backward import depthwise_conv2d_backward
 from mnops.triton.launch import inlined
 from mnops.triton.norm_act import norm_act, norm_act_backward
 from mnops.triton.norm_act_pool import norm_act_pool, norm_act_pool_backward
-from mnops.triton.pointwise_conv2d import pointwise_conv2d, pointwise_conv2d_backward
+from mnops.triton.pointwise_conv2d import pointwise_conv2d
+from mnops.triton.pointwise_conv2d_backward import pointwise_conv2d_backward
 from mnops.triton.separable_conv2d import separable_conv2d
 from mnops.triton.stem_conv2d import stem_conv2d, stem_conv2d_backward
 
