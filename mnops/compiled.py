@@ -184,9 +184,9 @@ class _Chain:
         vectors = self.items(found, (True, True, weight is not None, bias is not None))
         return Left(Pending(y, *vectors, eps), None, value.nchw)
 
-    def activation(self, node, act, x, inplace):
+    def activation(self, node, x, act, inplace):
         value = self.open(x)
-        if value is None or value.pending.act != "none":
+        if value is None or act is None or value.pending.act != "none":
             return None
         pending = value.pending._replace(act=act)
         if not inplace:
@@ -239,12 +239,8 @@ def _alike(a: Node, b: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
-def _activation(act: str, always: bool = False) -> Callable:
-    return lambda chain, node, x, inplace=False: chain.activation(node, act, x, inplace or always)
-
-
-def _hardtanh(chain, node, x, min_val=-1.0, max_val=1.0, inplace=False):
-    return chain.activation(node, "relu6", x, inplace) if (min_val, max_val) == (0, 6) else None
+def _activation(read: Callable) -> Callable:
+    return lambda chain, node, *args, **kwargs: chain.activation(node, *read(*args, **kwargs))
 
 
 RULES: dict[Any, Callable] = {
@@ -252,10 +248,8 @@ RULES: dict[Any, Callable] = {
     operator.getitem: _Chain.item, "mnops::norm_act": _Chain.add_bias, "contiguous": _Chain.contiguous,
     "size": _Chain.size, "dim": _Chain.size,
     F.batch_norm: _Chain.batch_norm,
-    **dict.fromkeys((F.relu, torch.relu, "relu"), _activation("relu")),
-    **dict.fromkeys((torch.relu_, "relu_"), _activation("relu", True)),
-    F.relu6: _activation("relu6"), F.hardtanh: _hardtanh,
-    F.hardswish: _activation("hardswish"), F.silu: _activation("silu"),
+    **{func: _activation(read) for func, read in lazy.ACTIVATIONS.items()},
+    **{f.__name__: _activation(lazy.ACTIVATIONS[f]) for f in (Tensor.relu, Tensor.relu_)},
     **dict.fromkeys((operator.add, torch.add, "add"), _Chain.add),
     **dict.fromkeys((operator.iadd, "add_"), _Chain.add_in_place),
     **dict.fromkeys((torch.cat, torch.concat), _Chain.cat),

@@ -48,7 +48,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             return super().forward(x)
         mean, var = statistics(self, *raw, measured=True)
         pending = pending_args(Pending(raw.y, mean, var, self.weight, self.bias, self.eps), cast=False)
-        return lazy.lazy(Pending(*pending), x.nchw, x.source)
+        return LazyTensor(Pending(*pending), x.nchw, x.source)
 
 
 FUSED = {nn.Conv2d: Conv2d, nn.SyncBatchNorm: SyncBatchNorm}
@@ -215,9 +215,10 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
     fused convolution changes, nothing else. Calling fuse again takes in what was added since.
 
     Fused layers are chained wherever one's output goes to the next through nothing but BatchNorm, relu,
-    relu6, hardswish or silu. `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of
-    layers that fall back at run time. channels_last is the fast layout: contiguous inputs are converted for a
-    chain, and its results back. torch.compile of the model gets its layers chained too (mnops/compiled.py);
+    relu6, hardswish, silu or a concatenation of channels; another activation, as GELU, gets a real tensor.
+    `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of layers that fall back at run
+    time. channels_last is the fast layout: contiguous inputs are converted for a chain, and its results back.
+    torch.compile of the model gets its layers chained too (mnops/compiled.py);
     what is recorded to run elsewhere (torch.export, torch.onnx, torch.jit.trace, torch.fx) is stock.
 
     Args:

@@ -110,16 +110,18 @@ class LazyTensor(Tensor):
     _version_seen: int
 
     @staticmethod
-    def __new__(cls, y: Tensor, nchw: bool) -> "LazyTensor":
+    def __new__(cls, pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> "LazyTensor":
+        y = pending.x
         _, channels, height, width = y.shape
         pixels = height * width
         strides = (channels * pixels, pixels, width, 1) if nchw else y.stride()
-        lazy = Tensor._make_wrapper_subclass(cls, y.shape, strides=strides, dtype=y.dtype, device=y.device)
-        lazy._data = lazy._real = None
-        return lazy
+        return Tensor._make_wrapper_subclass(cls, y.shape, strides=strides, dtype=y.dtype, device=y.device)
 
-    def __init__(self, y: Tensor, nchw: bool) -> None:
-        super().__init__()
+    def __init__(self, pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> None:
+        """pending: its vectors in the dtype that the schemas want."""
+        self.nchw, self.source = nchw, source
+        self._data = self._real = None
+        _describe(self, pending, raw)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -178,14 +180,6 @@ def _link(out: Tensor, source: Tensor) -> None:
 _linking = False
 
 
-def lazy(pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> LazyTensor:
-    """The LazyTensor of a Pending whose vectors have the dtype that the schemas want."""
-    out = LazyTensor(pending.x, nchw)
-    out.nchw, out.source = nchw, source
-    _describe(out, pending, raw)
-    return out
-
-
 def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
     """Makes `pending` what out is, for autograd too: in place, over a value that nothing depends on."""
     grad = any(isinstance(a, Tensor) and a.requires_grad for a in pending)
@@ -210,9 +204,9 @@ def lazy_output(
     """The output of a convolution: mean and var as the op gave them, (0,) if it did not measure."""
     raw = Raw(y, mean, var, bias) if mean.numel() else Raw(y, None, None, bias)
     if bias is None:
-        return lazy(Pending(y), nchw, source, raw)
+        return LazyTensor(Pending(y), nchw, source, raw)
     wide = bias.to(c.wide(y))
-    return lazy(Pending(y, -wide, torch.ones_like(wide), eps=0.0), nchw, source, raw)
+    return LazyTensor(Pending(y, -wide, torch.ones_like(wide), eps=0.0), nchw, source, raw)
 
 
 def data(z: LazyTensor) -> Tensor:
@@ -342,17 +336,17 @@ def _batch_norm(
     if not training and (running_mean is None or running_var is None):
         return NotImplemented
     norm = running_mean, running_var, weight, bias, training, momentum, eps
-    return lazy(normalised(x.raw, *norm), x.nchw, x.source)
+    return LazyTensor(normalised(x.raw, *norm), x.nchw, x.source)
 
 
-def _activate(x: Tensor, act: str, inplace: bool) -> Any:
-    if type(x) is not LazyTensor or not unchanged(x) or x.pending.act != "none":
+def _activate(x: Tensor, act: str | None, inplace: bool) -> Any:
+    if type(x) is not LazyTensor or act is None or not unchanged(x) or x.pending.act != "none":
         return NotImplemented
     if inplace and (x._data is not None or (not torch.is_grad_enabled() and _requires_grad(x))):
         return NotImplemented  # somebody has that tensor, or autograd is not to see the change
     pending = x.pending._replace(act=act)
     if not inplace:
-        return lazy(pending, x.nchw, x.source)
+        return LazyTensor(pending, x.nchw, x.source)
     with torch._C.DisableTorchFunctionSubclass():
         node = x.grad_fn
     if pending.mean is not None and node is not None:  # nothing has used x, so its node may become another
@@ -362,16 +356,18 @@ def _activate(x: Tensor, act: str, inplace: bool) -> Any:
     return x
 
 
-def _activation(act: str) -> Callable:
-    return lambda input, inplace=False: _activate(input, act, inplace)
+def _reads(act: str, inplace: bool = False) -> Callable:
+    return lambda input, inplace=inplace: (input, act, inplace)
 
 
-def _in_place(act: str) -> Callable:
-    return lambda input: _activate(input, act, True)
-
-
-def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
-    return _activate(input, "relu6", inplace) if (min_val, max_val) == (0, 6) else NotImplemented
+ACTIVATIONS: dict[Callable, Callable] = {  # of its arguments: the tensor, which activation, whether in place
+    F.relu: _reads("relu"), torch.relu: _reads("relu"), Tensor.relu: _reads("relu"),
+    torch.relu_: _reads("relu", True), Tensor.relu_: _reads("relu", True),
+    F.relu6: _reads("relu6"), F.hardswish: _reads("hardswish"), F.silu: _reads("silu"),
+    F.hardtanh: lambda input, min_val=-1.0, max_val=1.0, inplace=False: (
+        input, "relu6" if (min_val, max_val) == (0, 6) else None, inplace
+    ),
+}  # fmt: skip
 
 
 def _sum(x: Any, other: Any) -> Any:
@@ -430,7 +426,7 @@ def _cat(tensors, dim=0, *, out=None):
     if _listeners:
         for z in tensors:
             tell(z.source, "concatenated")
-    return lazy(concatenate(parts), tensors[0].nchw, tensors[0].source)
+    return LazyTensor(concatenate(parts), tensors[0].nchw, tensors[0].source)
 
 
 def covers(index: Any, shape: tuple) -> bool:
@@ -475,10 +471,10 @@ METADATA = {
 
 RULES: dict[Callable, Callable] = {
     F.batch_norm: _batch_norm,
-    F.relu: _activation("relu"), torch.relu: _activation("relu"), Tensor.relu: _activation("relu"),
-    torch.relu_: _in_place("relu"), Tensor.relu_: _in_place("relu"),
-    F.relu6: _activation("relu6"), F.hardtanh: _hardtanh,
-    F.hardswish: _activation("hardswish"), F.silu: _activation("silu"),
+    **{
+        func: lambda *args, read=read, **kwargs: _activate(*read(*args, **kwargs))
+        for func, read in ACTIVATIONS.items()
+    },
     torch.add: _add, Tensor.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
     Tensor.add_: _add_in_place, Tensor.__iadd__: _add_in_place,
     torch.cat: _cat, torch.concat: _cat, Tensor.__getitem__: _item,

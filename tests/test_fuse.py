@@ -395,6 +395,17 @@ def test_func():
     torch.testing.assert_close(called, stock(X))
 
 
+def test_dropout_between():
+    """The same elements are dropped: what it sees lies in memory as stock's."""
+    stock, fused = pair(SURPRISES["dropout between"][0])
+    results = []
+    for model in (stock, fused):
+        model[3].p = 0.5
+        torch.manual_seed(0)
+        results.append(run(model))
+    torch.testing.assert_close(*results)
+
+
 def test_forward_mode():
     stock, fused = (m.eval() for m in pair(NETWORKS["v2"]))
 
