@@ -66,7 +66,7 @@ template <class S> __device__ __forceinline__ void copy_vector(S* to, const S* f
 }
 
 template <class S, class MATH, int ROW>
-__global__ void __launch_bounds__(separable_rows[ROW].threads)
+__global__ void __launch_bounds__(separable_rows[ROW].threads, 512 / separable_rows[ROW].threads)  // 128 registers a thread
 separable_kernel(const SeparableArguments<S, float> a) {
   using T = float;
   constexpr int pixels = separable_rows[ROW].pixels, outputs = separable_rows[ROW].outputs;
@@ -239,7 +239,7 @@ constexpr int plain_threads = 128;
 
 // z[p][c] = act(norm(conv(x))), one value a thread.
 template <class S, class T>
-__global__ void __launch_bounds__(plain_threads) plain_depthwise(const SeparableArguments<S, T> a, T* __restrict__ z, int64_t values) {
+__global__ void __launch_bounds__(plain_threads, 4) plain_depthwise(const SeparableArguments<S, T> a, T* __restrict__ z, int64_t values) {
   const SeparableShape& s = a.s;
   const int64_t at = int64_t(blockIdx.x) * plain_threads + threadIdx.x;
   if (at >= values) return;

@@ -302,7 +302,7 @@ stem_backward_weight(const S* __restrict__ g, const S* __restrict__ y, const S* 
 // partial: [blocks][2][c], sums of gp and of gp * (x - mean). g and y are NHWC, dx is dense NHWC. Grid: blocks of `chunk`
 // pixels of x, channels.
 template <class S, class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 4)
 stem_backward_input(const S* __restrict__ g, const S* __restrict__ y, const S* __restrict__ x, const void* __restrict__ weight,
                     bool wide_weight, S* __restrict__ dx, T* __restrict__ partial, int64_t pixels, int64_t chunk, Stem s,
                     NormPointers<T> norm, IncomingPointers<T> incoming) {
