@@ -57,6 +57,7 @@ AHEAD = {  # dtype, compute capability: "layer kernel" of the few that CI compil
     ("bfloat16", 90): ("^depthwise 64 112/2 .*conv2d|^pointwise 32->64 .*conv2d|^stem .*wgrad", 4),
     ("bfloat16", 80): ("^pointwise 64->128 .*backward|^separable 32->64 .*conv2d", 2),  # most registers
     ("tf32", 80): ("^pointwise 128->128 .*[dw]grad|^separable 64->128 .*conv2d", 3),  # a kernel each
+    ("tf32", 89): ("^pointwise 128->256 .*conv2d", 1),  # 99 KiB of shared memory
     ("float32", 90): ("^depthwise 32 112/1 .*2d_kernel|^pointwise 128->128 .*(incoming|statistics)", 4),
 }
 

@@ -123,13 +123,14 @@ def pointwise_backward(
     registers; else a kernel each.
 
     Compute capability 9 and 10 multiply from shared memory: 128 to 254 registers up to 128 x 128. On others w
-    and gy pass through registers beside dw, and 8 warps have room for 64 x 128 weights in bf16 and half as
-    many in fp32: twice that spills 632 bytes a thread and more (8.0, bf16), or 256 (fp32).
+    and gy pass through registers beside dw, and 8 warps have room for 64 x 128 weights in bf16 on 8.0, half
+    as many in fp32 or elsewhere: twice that spills 632 bytes a thread (8.0, bf16), 256 (8.0, fp32) or 24 to
+    48 (8.9 and 12.0, bf16).
     """
     apart = [Both(*pair) for pair in zip(_dgrad(channels, out, itemsize), _wgrad(channels, out, itemsize))]
     columns, depth = _power(channels, WHOLE), _power(out, WHOLE)
     from_shared = 90 <= gpu.capability < 120
-    held = WHOLE * WHOLE if from_shared else 64 * 128 * 2 // itemsize
+    held = WHOLE * WHOLE if from_shared else 64 * (128 if itemsize == 2 and gpu.shared >= SMALL else 64)
     if not both or max(channels, out) > WHOLE or columns * depth > held:
         return apart
     small = 32 if columns * depth > 64 * 64 else 64
