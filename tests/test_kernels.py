@@ -368,6 +368,68 @@ def test_pointwise_activations(variant, act, rng):
     check_pointwise(rng, *variant, 30, 20, 24, act, identity=True)
 
 
+def check_stem(rng, isa, dtype, shape, o, act, identity=False):
+    x, xw = draw(rng, (shape.n, shape.h, shape.w, shape.c), dtype)
+    w, ww = arithmetic(rng.normal(size=(o, *shape.kernel, shape.c)), dtype)
+    norm = Norm(rng, shape.c, act, dtype, identity)
+    edges = ((0, 0), tuple(shape.padding[:2]), tuple(shape.padding[2:]), (0, 0))
+    arguments = {"stride": shape.stride, "padding": list(shape.padding)}
+
+    y, mean, var = C.stem_conv2d(isa, x, w, norm.given, **arguments)
+    z = np.pad(norm.z(xw), edges)
+    true, size = (sum(of(z[at]) @ of(ww[:, ky, kx]).T for (ky, kx), at in shape.taps()) for of in (np.asarray, np.abs))
+    close(y, true, STORED[dtype], "y", size)
+    check_measured(y, mean, var, dtype)
+    again = C.stem_conv2d(isa, x, w, norm.given, **arguments, measure=False)
+    assert np.array_equal(again[0], y) and again[1] is None, "measuring changes y"
+
+    g, gw = draw(rng, y.shape, dtype)
+    g_mean, g_mean_w = arithmetic(rng.normal(size=o), dtype)
+    g_var, g_var_w = arithmetic(rng.normal(size=o), dtype)
+    given = (isa, g, y, g_mean, g_var, mean, x, w, norm.given)
+    got = C.stem_conv2d_backward(*given, **arguments)
+    gy = incoming(gw, wide(y), g_mean_w, g_var_w, wide(mean), y.size // o)
+    gz, dweight, size = np.zeros_like(z), np.zeros_like(ww), np.zeros_like(ww)
+    for (ky, kx), at in shape.taps():
+        gz[at] += gy @ ww[:, ky, kx]
+        dweight[:, ky, kx] = np.einsum("nhwo,nhwc->oc", gy, z[at])
+        size[:, ky, kx] = np.einsum("nhwo,nhwc->oc", np.abs(gy), np.abs(z[at]))
+    (top, _), (left, _) = edges[1:3]
+    dx, vectors, sizes = norm.backward(gz[:, top : top + shape.h, left : left + shape.w], xw)
+    close(got[0], dx, STORED[dtype], "dx")
+    close(got[1], dweight, 4 * COMPUTED[dtype], "dweight", size)
+    check_vectors(got[2:], vectors, sizes, dtype)
+    alone = C.stem_conv2d_backward(*given, **arguments, need_input=False)
+    close(alone, dweight, 4 * COMPUTED[dtype], "dweight without dx", size)
+
+
+STEMS = (
+    Shape("colours", 2, 18, 22, 3, **square(3, 2)),
+    Shape("colours same", 1, 14, 12, 3, (3, 3), (2, 2), (0, 1, 0, 1)),
+    Shape("stride 1", 1, 9, 11, 3, **square(3)),
+    Shape("one pixel", 2, 1, 1, 3, **square(3, 2)),
+    Shape("one row", 1, 1, 19, 3, **square(3, 2)),
+    Shape("grey 7x7", 1, 13, 16, 1, **square(7, 2)),
+    Shape("four channels 5x5", 1, 11, 9, 4, **square(5)),
+    Shape("sixteen channels 2x2", 1, 6, 8, 16, **square(2, 2, padding=0)),
+    Shape("one-sided 3x5 stride 2 x 3", 1, 10, 23, 5, (3, 5), (2, 3), (0, 2, 3, 1)),
+    Shape("padding wider than the kernel", 1, 3, 4, 3, **square(3, 2, padding=4)),
+)
+
+
+@pytest.mark.parametrize("shape", STEMS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stem(variant, shape, rng):
+    for o in (5, 32):
+        check_stem(rng, *variant, shape, o, "none", identity=True)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stem_activations(variant, act, rng):
+    check_stem(rng, *variant, STEMS[0], 20, act)
+
+
 def check_separable(rng, isa, dtype, shape, o, act, mid_act):
     x, xw = draw(rng, (shape.n, shape.h, shape.w, shape.c), dtype)
     taps, tapsw = arithmetic(rng.normal(size=(shape.c, *shape.kernel)), dtype)

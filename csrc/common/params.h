@@ -90,7 +90,7 @@ template <class T> struct Rows {
   Norm<T> norm;
 };
 
-struct Window {            // how a stem gathers its k axis
+struct Window {            // which pixels of an image a stem multiplies: k is (tap row, tap column, channel)
   int64_t h, w, c, ho, wo;
   int kh, kw, sh, sw, pad_top, pad_left;
 };

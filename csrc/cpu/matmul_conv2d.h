@@ -1,6 +1,7 @@
-// The tensor side shared by pointwise_conv2d and stem_conv2d: one matrix product, with or without gathered windows.
+// The tensor side shared by pointwise_conv2d and stem_conv2d: products over the pixels of an image or over its windows.
 #pragma once
 #include "cpu/drivers/pointwise_conv2d.h"
+#include "cpu/drivers/stem_conv2d.h"
 #include "cpu/tensors.h"
 
 namespace mnops {
@@ -27,9 +28,15 @@ inline MeasuredResult matmul_forward(const MatmulShape& s, const Tensor& x, cons
     const Array<T> w = weight_matrix<T>(weight);
     const PendingArrays<T> pending(norm, x.size(1));
     const Measured<T> out(x, s.y_size, measure);
-    if (out.y.numel())
-      matmul_conv2d<T>(kernels, torch_threads(), s.m, s.k, s.o, s.window, xl.const_data_ptr(), w.data, pending.pending,
-                       out.y.mutable_data_ptr(), out.mean_data(), out.var_data());
+    void* const y = out.y.mutable_data_ptr();
+    if (!out.y.numel()) {
+    } else if (s.window) {
+      stem_conv2d<T>(kernels, torch_threads(), x.size(0), *s.window, s.o, xl.const_data_ptr(), w.data, pending.pending, y,
+                     out.mean_data(), out.var_data());
+    } else {
+      pointwise_conv2d<T>(kernels, torch_threads(), s.m, s.k, s.o, xl.const_data_ptr(), w.data, pending.pending, y, out.mean_data(),
+                          out.var_data());
+    }
     return {in_layout_of(x, out.y), out.mean, out.var};
   });
 }
@@ -50,9 +57,14 @@ inline ConvGradResult matmul_backward(const MatmulShape& s, const OutputTensors&
     Tensor dw = need_weight ? empty_like_type(x, {s.o, taps, weight.size(1)}, scalar_type_of<T>())
                             : empty_like_type(x, {0}, weight.scalar_type());
     const PendingGradTensors grads = PendingGradTensors::make<T>(x, norm, need_input);
-    matmul_conv2d_backward<T>(kernels, torch_threads(), s.m, s.k, s.o, s.window, out.output, xl.const_data_ptr(), w.data,
-                              pending.pending, need_input ? dx.mutable_data_ptr() : nullptr,
-                              need_weight ? static_cast<T*>(dw.mutable_data_ptr()) : nullptr, grads.pointers<T>());
+    void* const dx_data = need_input ? dx.mutable_data_ptr() : nullptr;
+    T* const dw_data = need_weight ? static_cast<T*>(dw.mutable_data_ptr()) : nullptr;
+    if (s.window)
+      stem_conv2d_backward<T>(kernels, torch_threads(), x.size(0), *s.window, s.o, out.output, xl.const_data_ptr(), w.data,
+                              pending.pending, dx_data, dw_data, grads.pointers<T>());
+    else
+      pointwise_conv2d_backward<T>(kernels, torch_threads(), s.m, s.k, s.o, out.output, xl.const_data_ptr(), w.data,
+                                   pending.pending, dx_data, dw_data, grads.pointers<T>());
     if (need_weight)
       dw = torch::stable::reshape(torch::stable::contiguous(torch::stable::transpose(dw, 1, 2)),
                                   {s.o, weight.size(1), weight.size(2), weight.size(3)});

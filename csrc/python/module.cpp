@@ -11,6 +11,7 @@
 #include "cpu/drivers/norm_act.h"
 #include "cpu/drivers/pointwise_conv2d.h"
 #include "cpu/drivers/separable_conv2d.h"
+#include "cpu/drivers/stem_conv2d.h"
 
 namespace py = pybind11;
 using namespace mnops;
@@ -147,8 +148,8 @@ py::object pointwise(const std::string& isa, py::array x, py::array weight, py::
     const PendingArrays<T> p(norm, k);
     py::array y = like(x, {m, o});
     Dense<T> mean(o), var(o);
-    matmul_conv2d<T>(kernels, one_thread, m, k, o, nullptr, x.data(), w.data(), p.pending, y.mutable_data(),
-                     measure ? mean.mutable_data() : nullptr, measure ? var.mutable_data() : nullptr);
+    pointwise_conv2d<T>(kernels, one_thread, m, k, o, x.data(), w.data(), p.pending, y.mutable_data(),
+                        measure ? mean.mutable_data() : nullptr, measure ? var.mutable_data() : nullptr);
     return py::make_tuple(y, none_or(mean, measure), none_or(var, measure));
   });
 }
@@ -166,8 +167,56 @@ py::object pointwise_backward(const std::string& isa, py::array g, py::array y, 
     py::array dx = like(x, {m, k});
     Dense<T> dw({o, k});
     GradArrays<T> grads(k);
-    matmul_conv2d_backward<T>(kernels, one_thread, m, k, o, nullptr, out.output, x.data(), w.data(), p.pending,
-                              dx.mutable_data(), dw.mutable_data(), grads.pointers());
+    pointwise_conv2d_backward<T>(kernels, one_thread, m, k, o, out.output, x.data(), w.data(), p.pending,
+                                 dx.mutable_data(), dw.mutable_data(), grads.pointers());
+    return py::make_tuple(dx, dw, grads.mean, grads.var, grads.gamma, grads.beta);
+  });
+}
+
+Window stem_window(const py::array& x, const py::array& w, std::pair<int, int> stride, std::vector<int> padding) {
+  if (x.ndim() != 4 || w.ndim() != 4 || w.shape(3) != x.shape(3)) throw py::value_error("x must be (N, H, W, C), weight (O, kh, kw, C)");
+  if (padding.size() != 4) throw py::value_error("padding must be (top, bottom, left, right)");
+  Window s{};
+  s.h = x.shape(1), s.w = x.shape(2), s.c = x.shape(3), s.kh = int(w.shape(1)), s.kw = int(w.shape(2));
+  s.sh = stride.first, s.sw = stride.second, s.pad_top = padding[0], s.pad_left = padding[2];
+  s.ho = (s.h + padding[0] + padding[1] - s.kh) / s.sh + 1, s.wo = (s.w + padding[2] + padding[3] - s.kw) / s.sw + 1;
+  if (x.shape(0) < 1 || s.ho < 1 || s.wo < 1) throw py::value_error("the padded input must hold the kernel");
+  return s;
+}
+
+py::object stem(const std::string& isa, py::array x, py::array weight, py::dict norm, std::pair<int, int> stride,
+                std::vector<int> padding, bool measure) {
+  return with_storage(isa, x, [&](const auto& kernels, auto zero) -> py::object {
+    using T = decltype(zero);
+    const auto w = py::cast<Dense<T>>(weight);
+    const Window s = stem_window(x, w, stride, padding);
+    const int64_t o = w.shape(0);
+    const PendingArrays<T> p(norm, s.c);
+    py::array y = like(x, {x.shape(0), s.ho, s.wo, o});
+    Dense<T> mean(o), var(o);
+    stem_conv2d<T>(kernels, one_thread, x.shape(0), s, o, x.data(), w.data(), p.pending, y.mutable_data(),
+                   measure ? mean.mutable_data() : nullptr, measure ? var.mutable_data() : nullptr);
+    return py::make_tuple(y, none_or(mean, measure), none_or(var, measure));
+  });
+}
+
+py::object stem_backward(const std::string& isa, py::array g, py::array y, py::object g_mean, py::object g_var, py::object mean_y,
+                         py::array x, py::array weight, py::dict norm, std::pair<int, int> stride, std::vector<int> padding,
+                         bool need_input) {
+  return with_storage(isa, x, [&](const auto& kernels, auto zero) -> py::object {
+    using T = decltype(zero);
+    const auto w = py::cast<Dense<T>>(weight);
+    const Window s = stem_window(x, w, stride, padding);
+    const int64_t o = w.shape(0);
+    same_shape(g, {x.shape(0), s.ho, s.wo, o}, "g"), same_shape(y, {x.shape(0), s.ho, s.wo, o}, "y");
+    const PendingArrays<T> p(norm, s.c);
+    const OutputArrays<T> out(g, y, g_mean, g_var, mean_y, o);
+    py::array dx = like(x, {x.shape(0), s.h, s.w, s.c});
+    Dense<T> dw({o, int64_t(s.kh), int64_t(s.kw), s.c});
+    GradArrays<T> grads(s.c);
+    stem_conv2d_backward<T>(kernels, one_thread, x.shape(0), s, o, out.output, x.data(), w.data(), p.pending,
+                            need_input ? dx.mutable_data() : nullptr, dw.mutable_data(), grads.pointers());
+    if (!need_input) return dw;
     return py::make_tuple(dx, dw, grads.mean, grads.var, grads.gamma, grads.beta);
   });
 }
@@ -272,6 +321,11 @@ PYBIND11_MODULE(_C, m) {
         "x (pixels, C), weight (O, C) -> y, mean, var");
   m.def("pointwise_conv2d_backward", &pointwise_backward, arg("instruction_set"), arg("g"), arg("y"), arg("g_mean"), arg("g_var"),
         arg("mean_y"), arg("x"), arg("weight"), arg("norm"), "-> dx, dweight, dmean, dvar, dgamma, dbeta");
+  m.def("stem_conv2d", &stem, arg("instruction_set"), arg("x"), arg("weight"), arg("norm"), arg("stride") = one,
+        arg("padding") = std::vector<int>{0, 0, 0, 0}, arg("measure") = true, "x (N, H, W, C), weight (O, kh, kw, C) -> y, mean, var");
+  m.def("stem_conv2d_backward", &stem_backward, arg("instruction_set"), arg("g"), arg("y"), arg("g_mean"), arg("g_var"),
+        arg("mean_y"), arg("x"), arg("weight"), arg("norm"), arg("stride") = one, arg("padding") = std::vector<int>{0, 0, 0, 0},
+        arg("need_input") = true, "-> dx, dweight, dmean, dvar, dgamma, dbeta; dweight alone without need_input");
   m.def("separable_conv2d", &separable, arg("instruction_set"), arg("x"), arg("depthwise_weight"), arg("norm"), arg("mid"),
         arg("weight"), arg("stride") = one, arg("padding"), arg("dilation") = one,
         "x (N, H, W, C), depthwise_weight (C, kh, kw), weight (O, C) -> y (N, Ho, Wo, O)");

@@ -1,5 +1,4 @@
 // Cuts a matrix product over pixels into blocks that fit the caches, packs the weights, reduces the weight gradient.
-// The stem is the same product over gathered windows: `window` is null for a pointwise convolution.
 #pragma once
 #include "cpu/drivers/common.h"
 
@@ -23,13 +22,12 @@ const T* pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T*
 }
 
 template <class T>
-void matmul_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m, int64_t k, int64_t o, const Window* window,
-                   const void* x, const T* weight, const Pending<T>& pending, void* y, T* mean, T* var) {
+void pointwise_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m, int64_t k, int64_t o, const void* x,
+                      const T* weight, const Pending<T>& pending, void* y, T* mean, T* var) {
   Pointwise<T> p{};
   p.m = m, p.k = k, p.o = o;
   const int count = threads.worth(m * (k + o));
-  const int64_t channels = window ? window->c : k;
-  const NormVectors<T> norm(pending, channels, channels ? k / channels : 1);
+  const NormVectors<T> norm(pending, k);
   const T* packed = pack_matrix(kernels, threads, weight, o, k, true);
   p.x = x, p.out = y, p.packed = packed, p.norm = norm.norm, p.measure = mean != nullptr;
   p.stream = worth_streaming(m * o * int64_t(sizeof(T)));
@@ -39,28 +37,24 @@ void matmul_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m,
   p.mc = block_of_pixels<T>(192 * 1024, k, m, kernels.mr);
   const bool by_panel = m / count < 4 * kernels.mr && panels >= count;
   const ThreadMoments moments(count, o);
-  const size_t bytes = kernels.matmul_forward_scratch(p);
+  const size_t bytes = kernels.pointwise_forward_scratch(p);
   threads.run(count, [&](int t) {
     const int64_t rows = ceil_div(m, kernels.mr);
     const int64_t begin = by_panel ? 0 : rows * t / count * kernels.mr, end = by_panel ? m : std::min(m, rows * (t + 1) / count * kernels.mr);
     const int64_t first = by_panel ? panels * t / count : 0, last = by_panel ? panels * (t + 1) / count : panels;
-    if (window) kernels.stem_forward(p, *window, begin, end, first, last, moments.moments(t), scratch(bytes));
-    else kernels.pointwise_forward(p, begin, end, first, last, moments.moments(t), scratch(bytes));
+    kernels.pointwise_forward(p, begin, end, first, last, moments.moments(t), scratch(bytes));
   });
   if (mean) moments.write(count, o, mean, var);
 }
 
 template <class T>
-void matmul_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, int64_t m, int64_t k, int64_t o,
-                            const Window* window, const Output<T>& out, const void* x, const T* weight,
-                            const Pending<T>& pending, void* dx, T* dweight, const PendingGrads<T>& grads) {
+void pointwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, int64_t m, int64_t k, int64_t o,
+                               const Output<T>& out, const void* x, const T* weight, const Pending<T>& pending, void* dx,
+                               T* dweight, const PendingGrads<T>& grads) {
   Pointwise<T> p{};
   p.m = m, p.k = k, p.o = o;
-  const int64_t images = window ? m / (window->ho * window->wo) : 0;
-  int count = threads.worth(m * (k + o));
-  if (window) count = int(std::clamp<int64_t>(images, 1, count));
-  const int64_t channels = window ? window->c : k;
-  const NormVectors<T> norm(pending, channels, channels ? k / channels : 1);
+  const int count = threads.worth(m * (k + o));
+  const NormVectors<T> norm(pending, k);
   const IncomingVectors<T> incoming(out, o, m);
   const T* packed = dx ? pack_matrix(kernels, threads, weight, o, k, false) : nullptr;
   p.x = x, p.out = dx, p.packed = packed, p.norm = norm.norm, p.incoming = incoming.incoming;
@@ -73,28 +67,21 @@ void matmul_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, i
   // against the pixels (late layers, small batches) they share x's channels instead: each packs gy again, and owns a
   // part of one gradient.
   const int64_t nr = kernels.nr, op = ceil_div(o, nr) * nr, panels = ceil_div(k, nr), size = panels * nr * op;
-  const bool by_panel = !window && panels >= count && m < 4 * k;
+  const bool by_panel = panels >= count && m < 4 * k;
   const int copies = by_panel ? 1 : count;
   const Buffer<T> gw = dweight ? uninitialised<T>(copies * size) : Buffer<T>();
-  const ThreadNormSums sums(count, channels);
-  const size_t bytes = kernels.matmul_backward_scratch(p);
-  const size_t image = window && dx ? size_t(window->h * window->w * window->c) * sizeof(T) : 0;
+  const ThreadNormSums sums(count, k);
+  const size_t bytes = kernels.pointwise_backward_scratch(p);
   threads.run(count, [&](int t) {
     const int64_t first = by_panel ? panels * t / count : 0, last = by_panel ? panels * (t + 1) / count : panels;
     T* own = dweight ? gw.get() + (by_panel ? 0 : t * size) : nullptr;
     if (own) std::memset(own + first * nr * op, 0, (last - first) * nr * op * sizeof(T));
-    char* memory = scratch(bytes + image);
-    if (window) {
-      kernels.stem_backward(p, *window, images * t / count, images * (t + 1) / count, own, sums.sums(t), memory,
-                            reinterpret_cast<T*>(memory + bytes));
-    } else {
-      const int64_t rows = ceil_div(m, kernels.mr);
-      const int64_t begin = by_panel ? 0 : rows * t / count * kernels.mr;
-      const int64_t end = by_panel ? m : std::min(m, rows * (t + 1) / count * kernels.mr);
-      kernels.pointwise_backward(p, begin, end, first, last, own, sums.sums(t), memory);
-    }
+    const int64_t rows = ceil_div(m, kernels.mr);
+    const int64_t begin = by_panel ? 0 : rows * t / count * kernels.mr;
+    const int64_t end = by_panel ? m : std::min(m, rows * (t + 1) / count * kernels.mr);
+    kernels.pointwise_backward(p, begin, end, first, last, own, sums.sums(t), scratch(bytes));
   });
-  if (dx) sums.write(count, channels, pending, grads);
+  if (dx) sums.write(count, k, pending, grads);
   if (!dweight) return;
   const int sharers = threads.worth(size);
   threads.run(sharers, [&](int t) {  // [panel of k][o][nr] of every thread -> (o, k)

@@ -110,6 +110,7 @@ template <Lanes lanes, class V, class S> MNOPS_INLINE void store_lanes(V v, S* p
   else if (left > 0) store_some(v, p, left);
 }
 
+template <int n> struct IntTag { static constexpr int value = n; };
 template <bool b> struct BoolTag { static constexpr bool value = b; };
 template <class F> MNOPS_INLINE void with_flag(bool b, F f) {
   if (b) f(BoolTag<true>{}); else f(BoolTag<false>{});

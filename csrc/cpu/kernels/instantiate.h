@@ -5,6 +5,7 @@
 #include "cpu/kernels/norm_act.h"
 #include "cpu/kernels/pointwise_conv2d.h"
 #include "cpu/kernels/separable_conv2d.h"
+#include "cpu/kernels/stem_conv2d.h"
 #include "cpu/kernels/table.h"
 
 namespace mnops {
@@ -23,8 +24,8 @@ template <class S, class T = typename Arithmetic<S>::type> constexpr Kernels<T> 
   static_assert(channel_quantum % Shape<V>::nr == 0, "and whole panels of the matrix product");
   return {V::N, Shape<V>::mr, Shape<V>::nr,
           depthwise_scratch_of_tile<S>(), depthwise_forward_of_tile<S>(), depthwise_backward_scratch<S>, depthwise_backward<S>,
-          pack_columns<T>, pack_rows<T>, matmul_forward_scratch<T>, matmul_backward_scratch<T>,
-          pointwise_forward<S>, pointwise_backward<S>, stem_forward<S>, stem_backward<S>,
+          pack_columns<T>, pack_rows<T>, pointwise_forward_scratch<T>, pointwise_backward_scratch<T>,
+          pointwise_forward<S>, pointwise_backward<S>, stem_scratch<T>, stem_forward<S>, stem_backward<S>,
           separable_scratch<S>, separable_forward<S>, separable_depthwise<S>, separable_pointwise<S>,
           norm_act_forward<S>, norm_act_backward<S>, norm_act_pool_forward<S>, norm_act_pool_backward<S>};
 }

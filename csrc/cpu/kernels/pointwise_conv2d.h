@@ -1,5 +1,5 @@
 // Pointwise convolution (a matrix product over pixels) that normalises while it packs and measures while it stores,
-// forward and backward, and the stem, which is the same product over gathered windows.
+// forward and backward.
 //
 // Parallel over blocks of mc pixels. A block is packed once into column panels [k / nr][mc][nr] (the pending norm and
 // activation are applied there, so they cost one pass over data that is being copied anyway); the micro-kernel then
@@ -20,10 +20,11 @@ template <class V> struct Shape {
   static constexpr int nv = Tile::nv, nr = V::N * nv, mr = Tile::mr;
 };
 
-// put(r, v, sum over panels, then k, of A(r, k) B[k][v]); A(r, k) = a[r * RS + k * KS] inside a panel.
+// put(r, v, sum over panels, then k, of A(r, k) B[k][v]); A(r, k) = a[r * rs + k * ks] inside a panel of panel_k. RS and KS
+// are those strides where they are known, else 0.
 template <class V, int MR, int RS, int KS, class Put>
 MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int64_t k, int64_t panel_k,
-                               const typename V::T* b, Put put) {
+                               const typename V::T* b, Put put, int64_t rs = RS, int64_t ks = KS) {
   constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
   V acc[MR][NV];
 #pragma GCC unroll 16
@@ -32,7 +33,7 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
     for (int v = 0; v < NV; v++) acc[r][v] = V::zero();
   // Where an FMA can take one element of a vector, a load of A serves several steps of k (of a whole panel), or several
   // rows: 0.25 loads an FMA for 8 x 2 vectors, instead of 0.63.
-  if constexpr (Tile::by_element && KS == 1)
+  if constexpr (Tile::by_element && KS == 1 && RS == NR)
     for (; k >= NR; k -= NR, a += panel_stride)
 #pragma GCC unroll 4
       for (int kk = 0; kk < NR; kk += V::N) {
@@ -52,7 +53,7 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
     const int64_t steps = least(k, panel_k);
     const typename V::T* ak = a;
 #pragma GCC unroll 4
-    for (int64_t kk = 0; kk < steps; kk++, ak += KS, b += NR) {
+    for (int64_t kk = 0; kk < steps; kk++, ak += KS ? KS : ks, b += NR) {
       V bv[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) bv[v] = V::load(b + v * V::N);
@@ -64,7 +65,7 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
       } else {
 #pragma GCC unroll 16
         for (int r = 0; r < MR; r++) {
-          const V av = V::set1(ak[r * RS]);
+          const V av = V::set1(ak[r * (RS ? RS : rs)]);
 #pragma GCC unroll 4
           for (int v = 0; v < NV; v++) acc[r][v] = fma(av, bv[v], acc[r][v]);
         }
@@ -96,11 +97,6 @@ MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V:
     (V::load(to) + c).store(to);
   });
   if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, gw + MR * NR);
-}
-
-// Rows of channels -> column panels.
-template <class T, int NR> MNOPS_INLINE void to_panels(const T* row, int64_t k, T* panels, int64_t r, int64_t mc) {
-  for (int64_t p = 0; p * NR < k; p++) __builtin_memcpy(panels + (p * mc + r) * NR, row + p * NR, NR * sizeof(T));
 }
 
 // Packs a dense (o, k) matrix into panels over o: dst[p][k][nr] = w[p * nr + i][k], zero beyond o.
@@ -136,73 +132,23 @@ template <class S> MNOPS_INLINE void fetch_part(const S* array, int64_t count, i
   for (int64_t i = bytes * part / parts & ~63; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// ---------------------------------------------------------------- what fills the panels of z
-
-// Pixels as they are: the k axis is the channels.
-template <class V, class S, class T> struct Pixels {
-  const Pointwise<T>& p;
-  MNOPS_INLINE void pack(int64_t m0, int64_t rows, int64_t mc, T*, T* panels) const {
-    pack(m0, rows, mc, 0, (p.k + Shape<V>::nr - 1) / Shape<V>::nr, panels);
-  }
-  MNOPS_INLINE void pack(int64_t m0, int64_t rows, int64_t mc, int64_t panel_begin, int64_t panel_end, T* panels) const {
-    constexpr int NR = Shape<V>::nr;
-    const S* x = static_cast<const S*>(p.x) + m0 * p.k;
-    with_act(p.norm.act, [&](auto act) {
-      for (int64_t q = panel_begin; q < panel_end; q++, panels += mc * NR)
-        normalise<act.value, V>(x + q * NR, p.k, rows, least(NR, p.k - q * NR), p.norm.mean + q * NR, p.norm.scale + q * NR,
-                                p.norm.shift + q * NR, panels, NR);
-    });
-  }
-  MNOPS_INLINE void ahead(int64_t m0, int64_t rows, int64_t part, int64_t parts) const {
-    fetch_part(static_cast<const S*>(p.x) + m0 * p.k, least(rows, p.m - m0) * p.k, part, parts);
-  }
-};
-
-// Windows of an image: the k axis is (tap row, tap column, channel); a tap outside the image is 0.
-// The norm's vectors are repeated per tap, so that a tap row is one contiguous run of the image.
-template <class V, class S, class T> struct Windows {
-  const Pointwise<T>& p;
-  const Window& w;
-  MNOPS_INLINE void pack(int64_t m0, int64_t rows, int64_t mc, T* row, T* panels) const {
-    const int64_t run = w.kw * w.c;
-    const bool plain = p.norm.identity && p.norm.act == Act::none && sizeof(S) == sizeof(T);
-    with_act(p.norm.act, [&](auto act) {
-      for (int64_t r = 0; r < rows; r++) {
-        const int64_t m = m0 + r, ox = m % w.wo, oy = m / w.wo % w.ho, n = m / w.wo / w.ho;
-        const int64_t ix = ox * w.sw - w.pad_left, left = most(0, -ix), right = least(w.kw, w.w - ix);
-        for (int ky = 0; ky < w.kh; ky++) {
-          const int64_t iy = oy * w.sh - w.pad_top + ky;
-          T* to = row + ky * run;
-          if (iy < 0 || iy >= w.h || left >= right) {
-            for (int64_t i = 0; i < run; i++) to[i] = 0;
-            continue;
-          }
-          const S* x = static_cast<const S*>(p.x) + ((n * w.h + iy) * w.w + ix) * w.c;
-          for (int64_t i = 0; i < left * w.c; i++) to[i] = 0;
-          if (plain)
-            for (int64_t i = left * w.c; i < right * w.c; i++) to[i] = T(reinterpret_cast<const T*>(x)[i]);
-          else
-            for (int64_t i = left * w.c; i < right * w.c; i += V::N) {
-              const int64_t k = ky * run + i, lanes = least(V::N, right * w.c - i);
-              const V xc = load_some<V>(x + i, lanes) - V::load(p.norm.mean + k, int(lanes));
-              store_some(activate<act.value>(fma(xc, V::load(p.norm.scale + k, int(lanes)), V::load(p.norm.shift + k, int(lanes)))),
-                         to + i, lanes);
-            }
-          for (int64_t i = right * w.c; i < run; i++) to[i] = 0;
-        }
-        to_panels<T, Shape<V>::nr>(row, p.k, panels, r, mc);
-      }
-    });
-  }
-  MNOPS_INLINE void ahead(int64_t, int64_t, int64_t, int64_t) const {}
-};
+// Pixels [m0, m0 + rows) of z, panels [panel_begin, panel_end) of its channels.
+template <class V, class S, class T>
+MNOPS_INLINE void pack_pixels(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t panel_begin, int64_t panel_end, T* panels) {
+  constexpr int NR = Shape<V>::nr;
+  const S* x = static_cast<const S*>(p.x) + m0 * p.k;
+  with_act(p.norm.act, [&](auto act) {
+    for (int64_t q = panel_begin; q < panel_end; q++, panels += p.mc * NR)
+      normalise<act.value, V>(x + q * NR, p.k, rows, least(NR, p.k - q * NR), p.norm.mean + q * NR, p.norm.scale + q * NR,
+                              p.norm.shift + q * NR, panels, NR);
+  });
+}
 
 // ---------------------------------------------------------------- forward
 
-template <class T> size_t matmul_forward_scratch(const Pointwise<T>& p) {
+template <class T> size_t pointwise_forward_scratch(const Pointwise<T>& p) {
   using V = typename Vec<T>::type;
   Arena a{nullptr};
-  a.take<T>(round_up(p.k, Shape<V>::nr));
   a.take<T>(round_up(p.k, Shape<V>::nr) * p.mc);
   a.take<T>(p.mc * Shape<V>::nr);
   return a.used;
@@ -245,20 +191,20 @@ void store_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t o0, co
 }
 
 // Pixels [begin, end) of y, panels [panel_begin, panel_end) of its channels.
-template <class V, class S, class T, class Source>
-MNOPS_INLINE void matmul_forward(const Pointwise<T>& p, const Source& source, int64_t begin, int64_t end, int64_t panel_begin,
-                                 int64_t panel_end, Moments moments, char* scratch) {
+template <class S, class T = typename Arithmetic<S>::type>
+void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
+                       Moments moments, char* scratch) {
+  using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr;
   Arena arena{scratch};
-  T* row = arena.take<T>(round_up(p.k, NR));
   T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
   T* tile = arena.take<T>(p.mc * NR);
-  for (int64_t i = p.k; i < round_up(p.k, NR); i++) row[i] = 0;
+  const S* x = static_cast<const S*>(p.x);
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
-    const int64_t rows = least(p.mc, end - m0);
-    source.pack(m0, rows, p.mc, row, z);
+    const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
+    pack_pixels<V, S>(p, m0, rows, 0, (p.k + NR - 1) / NR, z);
     for (int64_t j = panel_begin; j < panel_end; j++) {
-      if (m0 + rows < end) source.ahead(m0 + rows, p.mc, j - panel_begin, panel_end - panel_begin);
+      if (next < end) fetch_part(x + next * p.k, next_rows * p.k, j - panel_begin, panel_end - panel_begin);
       multiply_block<V>(z, p.mc, rows, p.k, p.packed + j * p.k * NR, tile);
       store_panel<V, S>(p, m0, rows, j * NR, tile, moments);
     }
@@ -266,27 +212,12 @@ MNOPS_INLINE void matmul_forward(const Pointwise<T>& p, const Source& source, in
   finish_streams();
 }
 
-template <class S, class T = typename Arithmetic<S>::type>
-void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
-                       Moments moments, char* scratch) {
-  using V = typename Vec<T>::type;
-  matmul_forward<V, S>(p, Pixels<V, S, T>{p}, begin, end, panel_begin, panel_end, moments, scratch);
-}
-
-template <class S, class T = typename Arithmetic<S>::type>
-void stem_forward(const Pointwise<T>& p, const Window& w, int64_t begin, int64_t end, int64_t panel_begin,
-                  int64_t panel_end, Moments moments, char* scratch) {
-  using V = typename Vec<T>::type;
-  matmul_forward<V, S>(p, Windows<V, S, T>{p, w}, begin, end, panel_begin, panel_end, moments, scratch);
-}
-
 // ---------------------------------------------------------------- backward
 
-template <class T> size_t matmul_backward_scratch(const Pointwise<T>& p) {
+template <class T> size_t pointwise_backward_scratch(const Pointwise<T>& p) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr;
   Arena a{nullptr};
-  a.take<T>(round_up(most(p.k, p.o), NR));
   a.take<T>(round_up(p.o, NR) * p.mc);
   a.take<T>(round_up(p.k, NR) * p.mc);
   a.take<T>(p.mc * NR);
@@ -342,18 +273,16 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr;
   Arena arena{scratch};
-  arena.take<T>(round_up(most(p.k, p.o), NR));
   T* gy = arena.take<T>(round_up(p.o, NR) * p.mc);
   T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
   T* tile = arena.take<T>(p.mc * NR);
-  const Pixels<V, S, T> source{p};
   const S* g = static_cast<const S*>(p.incoming.g);
   const S* y = static_cast<const S*>(p.incoming.y);
   const int64_t panels = panel_end - panel_begin;
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
     const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
     pack_incoming<V, S>(p, m0, rows, gy);
-    if (p.need_weight) source.pack(m0, rows, p.mc, panel_begin, panel_end, z);
+    if (p.need_weight) pack_pixels<V, S>(p, m0, rows, panel_begin, panel_end, z);
     if (p.out)
       for (int64_t j = panel_begin; j < panel_end; j++) {
         if (next < end) {
@@ -366,60 +295,6 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
     if (p.need_weight) weight_gradient<V>(p, rows, gy, z, panel_begin, panel_end, gw);
   }
   finish_streams();
-}
-
-// Images [begin, end). The input gradient of a stem is a scatter, image by image: rarely wanted (the image is data),
-// so plain. `image` is h * w * c of T, this thread's own.
-template <class S, class T = typename Arithmetic<S>::type>
-void stem_backward(const Pointwise<T>& p, const Window& w, int64_t begin, int64_t end, T* gw, NormSums sums, char* scratch,
-                   T* image) {
-  using V = typename Vec<T>::type;
-  constexpr int NR = Shape<V>::nr;
-  Arena arena{scratch};
-  T* row = arena.take<T>(round_up(most(p.k, p.o), NR));
-  T* gy = arena.take<T>(round_up(p.o, NR) * p.mc);
-  T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
-  T* tile = arena.take<T>(p.mc * NR);
-  for (int64_t i = p.k; i < round_up(p.k, NR); i++) row[i] = 0;
-  const Windows<V, S, T> source{p, w};
-  const int64_t pixels = w.ho * w.wo, size = w.h * w.w * w.c;
-  for (int64_t n = begin; n < end; n++) {
-    if (p.out) __builtin_memset(image, 0, size * sizeof(T));
-    for (int64_t m0 = n * pixels; m0 < (n + 1) * pixels; m0 += p.mc) {
-      const int64_t rows = least(p.mc, (n + 1) * pixels - m0);
-      pack_incoming<V, S>(p, m0, rows, gy);
-      if (p.need_weight) {
-        source.pack(m0, rows, p.mc, row, z);
-        weight_gradient<V>(p, rows, gy, z, 0, (p.k + NR - 1) / NR, gw);
-      }
-      for (int64_t j = 0; p.out && j * NR < p.k; j++) {
-        multiply_block<V>(gy, p.mc, rows, p.o, p.packed + j * p.o * NR, tile);
-        for (int64_t r = 0; r < rows; r++) {
-          const int64_t m = m0 + r, ox = m % w.wo, oy = m / w.wo % w.ho;
-          for (int64_t i = 0; i < least(NR, p.k - j * NR); i++) {
-            const int64_t k = j * NR + i, c = k % w.c, kx = k / w.c % w.kw, ky = k / w.c / w.kw;
-            const int64_t iy = oy * w.sh - w.pad_top + ky, ix = ox * w.sw - w.pad_left + kx;
-            if (iy >= 0 && iy < w.h && ix >= 0 && ix < w.w) image[(iy * w.w + ix) * w.c + c] += tile[r * NR + i];
-          }
-        }
-      }
-    }
-    if (p.out)
-      with_act(p.norm.act, [&](auto act) {
-        const S* x = static_cast<const S*>(p.x) + n * size;
-        S* dx = static_cast<S*>(p.out) + n * size;
-        for (int64_t i = 0; i < size; i += w.c)
-          for (int64_t c = 0; c < w.c; c += V::N) {
-            const int64_t lanes = w.c - c;
-            const V scale = V::load(p.norm.scale + c), xc = load_some<V>(x + i + c, lanes) - V::load(p.norm.mean + c);
-            const V gz = load_some<V>(image + i + c, lanes);
-            const V g = activate_grad<act.value>(gz, fma(xc, scale, V::load(p.norm.shift + c)));
-            accumulate(sums.gp + c, g, lanes);
-            accumulate(sums.gpx + c, g * xc, lanes);
-            store_some(g * scale, dx + i + c, lanes);
-          }
-      });
-  }
 }
 
 }  // namespace

@@ -17,16 +17,16 @@ template <class T> struct Kernels {
 
   void (*pack_columns)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst);
   void (*pack_rows)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst);
-  size_t (*matmul_forward_scratch)(const Pointwise<T>&);
-  size_t (*matmul_backward_scratch)(const Pointwise<T>&);
+  size_t (*pointwise_forward_scratch)(const Pointwise<T>&);
+  size_t (*pointwise_backward_scratch)(const Pointwise<T>&);
   void (*pointwise_forward)(const Pointwise<T>&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, Moments,
                             char* scratch);
   void (*pointwise_backward)(const Pointwise<T>&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, T* gw,
                              NormSums, char* scratch);
-  void (*stem_forward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, int64_t panel_begin,
-                       int64_t panel_end, Moments, char* scratch);
-  void (*stem_backward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, T* gw, NormSums, char* scratch,
-                        T* image);
+
+  size_t (*stem_scratch)(const Pointwise<T>&, const Window&, bool backward);
+  void (*stem_forward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, Moments, char* scratch);
+  void (*stem_backward)(const Pointwise<T>&, const Window&, int64_t begin, int64_t end, T* gw, NormSums, char* scratch);
 
   size_t (*separable_scratch)(const Separable<T>&);
   void (*separable_forward)(const Separable<T>&, int64_t begin, int64_t end, char* scratch);
