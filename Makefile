@@ -1,5 +1,5 @@
 # make train    environment, build, then MobileNet on the built-in images; ARGS="--data DIR ..." for your own
-# make test     environment, build, then the tests; ARGS="-k depthwise" for some
+# make test     environment, build, then the tests; ARGS="-k depthwise" for some, TEST_JOBS=0 in one process
 # make test-avx512    the AVX-512 kernels, emulated, on any x86-64 CPU (Debian; root for apt, the first time)
 # make test-arm    cross-compiles for aarch64 and tests that under emulation (x86-64 Debian; root for apt, the first time)
 # make lint     what CI of a pull request would complain about;  make format mends what a tool can mend
@@ -14,6 +14,9 @@ TORCH ?= 2.13.0
 VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
+# A file's tests stay in one process, so that what they share is made once.
+TEST_JOBS ?= auto
+PYTEST := -m pytest -q -rs -n $(TEST_JOBS) --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -28,7 +31,7 @@ train: build
 	$(BIN)/python -m mnops train --overwrite $(ARGS)
 
 test: build
-	$(BIN)/python -m pytest -q -rs tests $(ARGS)
+	$(BIN)/python $(PYTEST) tests $(ARGS)
 
 test-avx512: build
 	VENV=$(VENV) tools/avx512/test.sh $(ARGS)
@@ -55,10 +58,11 @@ bench-guard: build
 build: $(BUILD)
 
 # Only the stamps of the PyTorch that is installed are kept, so that going back to another one installs it again.
-$(ENVIRONMENT): requirements.txt
+$(ENVIRONMENT): requirements.txt requirements-models.txt
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/*.stamp
 	$(PIP) install $(PIP_ARGS) torch==$(TORCH) -r requirements.txt
+	$(PIP) install $(PIP_ARGS) --no-deps -r requirements-models.txt
 	touch $@
 
 $(BUILD): $(ENVIRONMENT) $(NATIVE)

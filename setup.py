@@ -48,7 +48,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         torch_dir, torch_version = torch_package()
-        # An editable install copies back only what it knows of (the Extension), so it gets the package folder itself.
+        # An editable install copies back only what it knows of (the Extension): it gets the package folder itself.
         in_place = self.asked_in_place or getattr(self, "editable_mode", False)
         built = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         built.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from mnops.ops import Pending
 
 
 class Recipe:
-    """A tensor that is made when it is asked for, once, by `make()` from `inputs`, which must not have changed."""
+    """A tensor that is made when it is asked for, once, by `make()` from `inputs`, which must not change."""
 
     def __init__(self, make: Callable[[], Tensor], inputs: Sequence[Tensor]) -> None:
         self.make, self.inputs, self.made = make, inputs, None

@@ -183,7 +183,8 @@ def test_a_second_run_measures_nothing_again(options):
 
 
 def test_rows_are_complete(options):
-    [row] = harness.run([NetworkCase(TINY, "train", 4, torch.float32)], options("torch-nchw"))  # its own process
+    # In a process of its own.
+    [row] = harness.run([NetworkCase(TINY, "train", 4, torch.float32)], options("torch-nchw"))
     left_out = {c for c in rows.COLUMNS if row.get(c) is None}
     assert left_out == {"triton", "driver"}  # those of a GPU
     assert row["saved_bytes"] > 0

@@ -99,9 +99,10 @@ def test_two_processes(command, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "mnops", "grid", *args], capture_output=True, text=True,
-        timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr  # whole: torchrun's own words at the end are many
     assert [r["model"] for r in grid.read(tmp_path / "grid.csv")] == [
         "0.125-16", "conv-0.125-16", "shallow-0.125-16",
     ]  # fmt: skip

@@ -85,7 +85,9 @@ def test_of_a_pending_input_and_a_frozen_norm(pending):
     for b in (block, plain):
         b.bn1.eval()
     x = torch.randn(2, 4, 6, 7, requires_grad=True)
-    norm = (torch.rand(4, requires_grad=True), torch.rand(4) + 0.5, None, None, 1e-5, "relu") if pending else ()
+    norm = ()
+    if pending:
+        norm = (torch.rand(4, requires_grad=True), torch.rand(4) + 0.5, None, None, 1e-5, "relu")
     given = Pending(x, *norm) if pending else x
     inputs = (x, *norm[:1])
     ours, kept = (torch.autograd.grad(b.chain(given).x.square().sum(), inputs) for b in (block, plain))

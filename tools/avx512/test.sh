@@ -16,4 +16,5 @@ cmake --build "$folder" --target _C
 mkdir -p "$folder/package/mnops"
 touch "$folder/package/mnops/__init__.py"
 cp "$folder"/_C*.so "$folder/package/mnops/"
-PYTHONPATH=$folder/package PYTHONSAFEPATH=1 "$python" -m pytest -q -p no:cacheprovider --noconftest tests/test_kernels.py -k avx512 "$@"
+PYTHONPATH=$folder/package PYTHONSAFEPATH=1 "$python" -m pytest -q -n auto --maxprocesses 4 -p no:cacheprovider --noconftest \
+  tests/test_kernels.py -k avx512 "$@"
