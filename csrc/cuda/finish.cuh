@@ -22,14 +22,14 @@ struct Moments {
 };
 
 // partial is [3][chunks][c]: counts, means, m2. mean and biased variance of every channel, a block each.
-template <class T>
+template <class T, class P = T>
 __global__ void __launch_bounds__(finish_threads)
-finish_statistics(const T* __restrict__ partial, int64_t chunks, int64_t c, T* mean, T* var) {
+finish_statistics(const P* __restrict__ partial, int64_t chunks, int64_t c, T* mean, T* var) {
   __shared__ Moments shared[finish_threads];
   const int64_t channel = blockIdx.x;
   Moments mine{};
   for (int64_t k = threadIdx.x; k < chunks; k += finish_threads) {
-    const T* at = partial + k * c + channel;
+    const P* at = partial + k * c + channel;
     mine.merge({double(at[0]), double(at[chunks * c]), double(at[2 * chunks * c])});
   }
   shared[threadIdx.x] = mine;

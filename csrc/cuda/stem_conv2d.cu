@@ -108,7 +108,7 @@ template <class S, int OUT> struct ForwardTile {
   static constexpr int pitch = taps_a_step + pad, y_pitch = OUT + pad;
   static constexpr int vectors = OUT / vec, rows = threads / vectors;  // a thread stores every rows-th pixel
   static constexpr int z_bytes = pixels * pitch * int(sizeof(S)), y_bytes = pixels * y_pitch * int(sizeof(S));
-  static constexpr int moment_bytes = 3 * rows * OUT * int(sizeof(typename Accumulator<S>::type));
+  static constexpr int moment_bytes = (3 * rows + 1) * OUT * int(sizeof(typename Accumulator<S>::type));
   static constexpr int tile_bytes = z_bytes > y_bytes ? z_bytes : y_bytes;
   static constexpr int first_bytes = tile_bytes > moment_bytes ? tile_bytes : moment_bytes;  // one after the other
   static constexpr int weight_bytes = OUT * pitch * int(sizeof(S));
@@ -125,7 +125,7 @@ template <class S, int OUT> struct ForwardTile {
 // moments: [3][blocks][o] where y is measured, else null. tiles: of a block.
 template <class S, class T, int OUT>
 __global__ void __launch_bounds__(threads)
-stem_forward(const S* __restrict__ x, const void* __restrict__ weight, bool wide_weight, S* __restrict__ y, T* moments, bool packed,
+stem_forward(const S* __restrict__ x, const void* __restrict__ weight, bool wide_weight, S* __restrict__ y, double* moments, bool packed,
              int64_t tiles, Stem s, NormPointers<T> norm) {
   using Tile = ForwardTile<S, OUT>;
   S* const z = reinterpret_cast<S*>(dynamic_shared());
@@ -189,13 +189,18 @@ stem_forward(const S* __restrict__ x, const void* __restrict__ weight, bool wide
     __syncthreads();
   }
   if (!moments) return;
-  // The threads of a channel are merged in order.
+  // The threads of a channel are merged in order, their means relative to the first thread's first value.
   T* const shared = reinterpret_cast<T*>(dynamic_shared());
+  T* const origin = shared + 3 * Tile::rows * OUT;
+  if (row0 == 0)
+#pragma unroll
+    for (int i = 0; i < Tile::vec; i++) origin[c0 + i] = pivot[i];
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < Tile::vec; i++) {
     const T mean = count ? sum[i] / T(count) : T(0);
     T* const at = shared + row0 * OUT + c0 + i;
-    at[0] = T(count), at[Tile::rows * OUT] = pivot[i] + mean, at[2 * Tile::rows * OUT] = squares[i] - sum[i] * mean;
+    at[0] = T(count), at[Tile::rows * OUT] = (pivot[i] - origin[c0 + i]) + mean, at[2 * Tile::rows * OUT] = squares[i] - sum[i] * mean;
   }
   __syncthreads();
   for (int o = threadIdx.x; o < OUT && o0 + o < s.o; o += threads) {
@@ -208,9 +213,9 @@ stem_forward(const S* __restrict__ x, const void* __restrict__ weight, bool wide
       m2 += at[2 * Tile::rows * OUT] + (n == 0 ? T(0) : delta * delta * n * (at[0] / total));
       n = total;
     }
-    T* const to = moments + int64_t(blockIdx.x) * s.o + o0 + o;
+    double* const to = moments + int64_t(blockIdx.x) * s.o + o0 + o;
     const int64_t kind = int64_t(gridDim.x) * s.o;
-    to[0] = n, to[kind] = mean, to[2 * kind] = m2;
+    to[0] = n, to[kind] = double(origin[o]) + mean, to[2 * kind] = m2;
   }
 }
 
@@ -418,11 +423,11 @@ MeasuredResult forward(const Tensor& x, const Tensor& weight, const MaybeTensor&
       const int64_t tiles = ceil_div(s.pixels, Tile::pixels);
       const int64_t each = std::min<int64_t>(ceil_div(tiles, most_sums), Tile::tiles_a_block);
       const dim3 grid(unsigned(ceil_div(tiles, each)), unsigned(ceil_div(s.o, decltype(outputs)::value)));
-      const Tensor moments = empty_like_type(x, {3, measure ? int64_t(grid.x) : 0, s.o}, scalar_type_of<T>());
+      const Tensor moments = empty_like_type(x, {3, measure ? int64_t(grid.x) : 0, s.o}, ScalarType::Double);
       launch(stem_forward<S, T, decltype(outputs)::value>, grid, threads, Tile::bytes, stream, static_cast<const S*>(x.const_data_ptr()),
-             w.data(), w.wide, out, data_or_null<T>(moments), packed, each, s, norm.pointers);
+             w.data(), w.wide, out, data_or_null<double>(moments), packed, each, s, norm.pointers);
       if (measure)
-        launch(finish_statistics<T>, unsigned(s.o), finish_threads, 0, stream, data_or_null<T>(moments), int64_t(grid.x), int64_t(s.o),
+        launch(finish_statistics<T, double>, unsigned(s.o), finish_threads, 0, stream, data_or_null<double>(moments), int64_t(grid.x), int64_t(s.o),
                data_or_null<T>(mean_y), data_or_null<T>(var_y));
     };
     if constexpr (sizeof(S) < 8)
