@@ -92,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "net":
             p.add_argument("--networks", nargs="*", default=[n.name for n in shapes.networks()])
-            p.add_argument("--torchvision", nargs="*", default=[], metavar="MODEL", help="its networks, and timm/NAME, fused")
+            help_ = "its networks, and timm/NAME, fused"
+            p.add_argument("--torchvision", nargs="*", default=[], metavar="MODEL", help=help_)
         if name in ("ops", "net"):
             passes = ["train", "infer"] + ["forward", "backward"] * (name == "ops")
             p.add_argument("--pass", dest="phase", nargs="+", default=["train", "infer"], choices=passes)

@@ -134,8 +134,8 @@ KEPT: list[torch.library.Library] = []
 
 
 def import_torchvision() -> None:
-    """torchvision's compiled part, which timm does not need, fits only one build of torch. Its Python part needs no more
-    than that two of the operators are declared."""
+    """torchvision's compiled part, which timm does not need, fits only one build of torch. Its Python part needs
+    no more than that two of the operators are declared."""
     if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
         try:
             import torchvision  # noqa: F401

@@ -45,7 +45,7 @@ BACKENDS = {
         Backend(
             "triton", "mnops_triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), "mnops.triton",
             traced=not INTERPRETED,
-        ),  # fmt: skip
+        ),
     )
 }
 

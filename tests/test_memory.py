@@ -112,9 +112,9 @@ def test_the_switch(setting: str):
     code = (
         "import torch, mnops\n"
         "x = torch.ones(1, 16, 512, 512).to(memory_format=torch.channels_last)\n"
-        "y = mnops.ops.norm_act(mnops.Pending(x, act='relu')); print(y.untyped_storage().resizable(), bool((y == 1).all()))"
+        "y = mnops.ops.norm_act(mnops.Pending(x, act='relu'))\n"
+        "print(y.untyped_storage().resizable(), bool((y == 1).all()))"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "MNOPS_KEEP_MEMORY": setting}, capture_output=True, text=True, check=True
-    )
+    environment = {**os.environ, "MNOPS_KEEP_MEMORY": setting}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.split() == [str(setting == "0" or not KEPT), "True"]

@@ -8,4 +8,12 @@ from mnops.ops.pointwise_conv2d import pointwise_conv2d
 from mnops.ops.separable_conv2d import separable_conv2d
 from mnops.ops.stem_conv2d import stem_conv2d
 
-__all__ = ["Pending", "depthwise_conv2d", "norm_act", "norm_act_pool", "pointwise_conv2d", "separable_conv2d", "stem_conv2d"]
+__all__ = [
+    "Pending",
+    "depthwise_conv2d",
+    "norm_act",
+    "norm_act_pool",
+    "pointwise_conv2d",
+    "separable_conv2d",
+    "stem_conv2d",
+]
