@@ -44,7 +44,7 @@ def load() -> None:
 
 
 def cuda_emulation() -> str | None:
-    """For tests: the library with the CUDA kernels compiled for the CPU (csrc/cuda/emulation), if one is named."""
+    """For tests: the library of CUDA kernels compiled for the CPU (csrc/cuda/emulation), if one is named."""
     return os.environ.get("MNOPS_CUDA_EMULATION") or None
 
 

@@ -5,6 +5,7 @@ On a GPU test_ops.py puts the compiled kernels to everything.
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,17 +23,19 @@ BUILD = ROOT / "build" / "cuda-emulation"
 def emulation() -> Path:
     """The library of emulated kernels, up to date."""
     pybind11 = importlib.util.find_spec("pybind11")
-    for tool in ("cmake", "ninja", "c++"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # pip puts ninja beside python
+    tools = {tool: shutil.which(tool, path=path) for tool in ("cmake", "ninja", "c++")}
+    if None in tools.values():
+        pytest.skip(f"needs {', '.join(tool for tool, found in tools.items() if found is None)}")
     if pybind11 is None or not (ROOT / "csrc" / "cuda").is_dir():
         pytest.skip("needs the sources and the package pybind11")
     configure = [
-        "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DMNOPS_EMULATE_CUDA=ON", "-DMNOPS_CUDA=OFF",
+        tools["cmake"], "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
+        "-DCMAKE_BUILD_TYPE=Release", "-DMNOPS_EMULATE_CUDA=ON", "-DMNOPS_CUDA=OFF",
         f"-DPython_EXECUTABLE={sys.executable}", f"-DMNOPS_TORCH_DIR={Path(torch.__file__).parent}",
         f"-Dpybind11_DIR={Path(pybind11.origin).parent / 'share' / 'cmake' / 'pybind11'}",
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", BUILD, "--target", "mnops_cuda_emulated"]):
+    for command in (configure, [tools["cmake"], "--build", BUILD, "--target", "mnops_cuda_emulated"]):
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-10000:]
     return BUILD / "libmnops_cuda_emulated.so"
@@ -46,3 +49,30 @@ def test_kernels_under_the_emulation(emulation):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-20000:]}{result.stderr[-2000:]}"
     print(result.stdout.splitlines()[-1])
+
+
+TUNED = (
+    ("depthwise_conv2d_forward", "sm_80"),
+    ("depthwise_conv2d_forward", "sm_90"),
+    ("depthwise_conv2d_backward", "sm_90"),
+)
+
+
+@pytest.mark.parametrize(("source", "arch"), TUNED)
+def test_tuned_kernels_stay_in_registers(source, arch, tmp_path):
+    """ptxas reports no spill and no array in local memory, for any of them."""
+    if shutil.which("nvcc") is None or not (ROOT / "csrc" / "cuda").is_dir():
+        pytest.skip("needs nvcc and the sources")
+    include = Path(torch.__file__).parent / "include"
+    command = [
+        "nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", ROOT / "csrc", "-isystem", include,
+        "-isystem", include / "torch" / "csrc" / "api" / "include", ROOT / "csrc" / "cuda" / f"{source}.cu",
+        "-o", tmp_path / "cubin",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-10000:]
+    entry = r"Compiling entry function '(\w+)'.*\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores"
+    kernels = re.findall(entry, result.stderr)
+    assert len(kernels) == result.stderr.count("Compiling entry function") > 10, result.stderr[-3000:]
+    assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]

@@ -39,7 +39,7 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
     norm.load(a.norm, c0);
     const Bounds<T> bounds(a.norm.act);
     const int height = int(s.h), width = int(s.w);
-    const int64_t step = s.dw * s.c, in_row = s.dh * s.w * s.c, out_row = s.dh * s.wo * s.c;
+    const int64_t step = s.dw * s.c;
 
     for (int64_t lane = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; lane < k.lanes; lane += int64_t(gridDim.y) * blockDim.y) {
       const LanePosition at(lane, k, s);
@@ -56,10 +56,8 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
       const auto inside = [&](int i, int t) {
         return (i > 1 - OPEN || SEEN + t >= STRIDE * (OPEN - 1)) && row(i, t) >= 0 && row(i, t) < height;
       };
-      const S* const in = a.x + ((at.n * s.h + in_h) * s.w + in_w) * s.c + c0;
-      S* const out = a.y + ((at.n * s.ho + out_h) * s.wo + out_w) * s.c + c0;
-      const auto load = [&](int i, int t, Pack<S, VEC>(&to)[COLUMNS]) {
-        load_row(in + (STRIDE * i + t) * in_row, step, inside(i, t) ? in_mask : 0u, to);
+      const auto load = [&](int i, int t, Pack<S, VEC>(&to)[COLUMNS]) {  // addresses anew: kept, they cost registers
+        load_row(a.x + ((at.n * s.h + row(i, t)) * s.w + in_w) * s.c + c0, step, inside(i, t) ? in_mask : 0u, to);
       };
       T partial[OPEN][STRIP][VEC] = {};  // the last is not used
       Pack<S, VEC> raw[NEW][COLUMNS];
@@ -107,6 +105,7 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
           }
         }
         if (i >= 0) {
+          S* out = a.y + ((at.n * s.ho + out_h + s.dh * i) * s.wo + out_w) * s.c + c0;
 #pragma unroll
           for (int o = 0; o < STRIP; o++) {
             Pack<S, VEC> pack;
@@ -117,7 +116,7 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
 #pragma unroll
               for (int v = 0; v < VEC; v++) pivot[v] = stored[v];
             if (out_mask >> o & 1) {
-              store_pack(out + i * out_row + o * step, pack);
+              store_pack(out + o * step, pack);
               count++;
 #pragma unroll
               for (int v = 0; v < VEC; v++) {

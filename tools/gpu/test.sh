@@ -22,10 +22,13 @@ fi
 # On a GPU hypothesis draws fewer shapes: each is a new kernel.
 export HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-few}
 step $python -m pytest -q -rsf "${parallel[@]}" -k "cuda or graph or triton" \
-  tests/test_backends.py tests/test_ops.py tests/test_ops_drawn.py tests/test_cuda_graph.py tests/test_triton.py "$@"
+  tests/test_backends.py tests/test_ops.py tests/test_ops_drawn.py tests/test_cuda_graph.py tests/test_triton.py \
+  tests/test_cuda.py "$@"
 
 if command -v compute-sanitizer >/dev/null; then
-  plain="cuda and plain and test_against_reference and (float32 or bfloat16)"
+  # Beside each op's plain case, depthwise's other kernels: stride 2, 5x5, any other shape, NCHW.
+  plain="cuda and test_against_reference and (float32 or bfloat16)"
+  plain="$plain and (plain or (depthwise and (odd or 5x5 or 7x7 or nchw)))"
   # Not the caching allocator: it would hide an access beyond a tensor within its pool.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
