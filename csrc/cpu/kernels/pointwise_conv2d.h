@@ -167,7 +167,10 @@ void store_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t o0, co
     for (int v = 0; v < NV; v++) pivot[v] = V::load(mean + v * V::N);
   } else if (p.measure) {  // no mean known yet: pivot on this block's
     for (int64_t r = 0; r < rows; r++)
-      for (int v = 0; v < NV; v++) pivot[v] = pivot[v] + V::load(tile + r * NR + v * V::N);
+      for (int v = 0; v < NV; v++) {
+        const V t = V::load(tile + r * NR + v * V::N);
+        pivot[v] = pivot[v] + (sizeof(S) < sizeof(T) ? rounded<S>(t) : t);  // of one value the variance is 0
+      }
     for (int v = 0; v < NV; v++) pivot[v] = pivot[v] * V::set1(T(1) / T(rows));
   }
   S* y = static_cast<S*>(p.out) + m0 * p.o + o0;
