@@ -122,7 +122,7 @@ class MobileNet(nn.Module):
         features_only: forward returns {end point: feature map}; there is no classifier, and no layer after
             the last of them. Weights of the whole network load with strict=False.
         recompute: blocks compute their depthwise output again in the backward in place of keeping it: about
-            two thirds of the memory, for 11 to 28 % more time on a CPU.
+            two thirds of the memory, for 3 to 14 % more time on a CPU.
         end_points: which, with features_only; None: the last of each stage, strides 2, 4, 8, 16, 32.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), or (N, num_features) without classifier.
