@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mnops.memory import from_torch
+
 
 def saved_bytes(forward: Callable[[], object], device: str) -> int:
     """Bytes that `forward` allocates and that are still held after it, for its backward."""
@@ -15,7 +17,7 @@ def saved_bytes(forward: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         alive.append(forward())
         return torch.cuda.memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with from_torch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         alive.append(forward())
     return sum(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
 
@@ -29,7 +31,7 @@ def peak_bytes(call: Callable[[int], object], device: str) -> int:
         call(0)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with from_torch(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call(0)
     held = peak = 0
     events = (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")

@@ -37,6 +37,7 @@ STABLE_TORCH_LIBRARY(mnops, m) {
   m.def("norm_act_pool(Tensor x, " PENDING ") -> Tensor");
   m.def("norm_act_pool_backward(Tensor g, Tensor x, " PENDING ") -> " NORM_GRADS);
 
-  // Gives back the memory that is kept for results on the CPU (csrc/cpu/memory.h).
+  // The memory of results on the CPU (csrc/cpu/memory.h): whether it is kept from now on, returning what was; its release.
+  m.def("keep_memory(bool on) -> bool");
   m.def("empty_cache() -> ()");
 }

@@ -1,5 +1,8 @@
 """The memory that results on the CPU lie in is kept between calls (csrc/cpu/memory.h says why)."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -11,3 +14,13 @@ def empty_cache() -> None:
     2.11, take all memory from torch instead; then this does nothing.
     """
     torch.ops.mnops.empty_cache()
+
+
+@contextlib.contextmanager
+def from_torch() -> Iterator[None]:
+    """Results take their memory from torch meanwhile, where ``torch.profiler`` (``profile_memory=True``) sees it."""
+    before = torch.ops.mnops.keep_memory(False)
+    try:
+        yield
+    finally:
+        torch.ops.mnops.keep_memory(before)

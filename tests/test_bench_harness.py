@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mnops import ops
 from mnops.bench import harness as load
 
 rows, shapes, step, memory, timing = map(load, ("rows", "shapes", "step", "memory", "timing"))
@@ -313,3 +314,8 @@ def test_what_a_contender_dies_of_in_its_process_is_told():
     contender.process.kill()
     with pytest.raises(RuntimeError, match="its process ended with -9"):
         contender.sample(1, 0)
+
+
+def test_memory_that_mnops_keeps_is_counted():
+    x = torch.ones(1, 16, 128, 128).to(memory_format=torch.channels_last).requires_grad_()
+    assert memory.saved_bytes(lambda: ops.norm_act(ops.Pending(x, act="relu")), "cpu") == 4 * x.numel()

@@ -118,3 +118,13 @@ def test_the_switch(setting: str):
     environment = {**os.environ, "MNOPS_KEEP_MEMORY": setting}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.split() == [str(setting == "0" or not KEPT), "True"]
+
+
+def test_the_profiler_sees_memory_that_is_torchs():
+    x = torch.ones(1, 16, 512, 512).to(memory_format=torch.channels_last)
+    with mnops.memory.from_torch(), torch.profiler.profile(profile_memory=True) as prof:
+        y = mnops.ops.norm_act(mnops.Pending(x, act="relu"))
+    assert y.untyped_storage().resizable()
+    seen = sum(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
+    assert seen == y.numel() * y.element_size()
+    assert mnops.ops.norm_act(mnops.Pending(x, act="relu")).untyped_storage().resizable() != KEPT

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -92,33 +93,36 @@ Pool& pool() {
 // torch_from_blob, which takes a deleter, came with torch 2.11; before that results are torch's own memory.
 using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
                                     AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
-FromBlob from_blob() {
-  const char* setting = std::getenv("MNOPS_KEEP_MEMORY");
-  if (setting && !std::strcmp(setting, "0")) return nullptr;
-  return reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
-}
+const FromBlob from_blob = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
 
+bool wanted() {
+  const char* setting = std::getenv("MNOPS_KEEP_MEMORY");
+  return !setting || std::strcmp(setting, "0");
+}
+std::atomic<bool> keep{wanted()};
+
+bool keep_memory(bool on) { return keep.exchange(on); }
 void empty_cache() { pool().empty(); }
 
 }  // namespace
 
 Tensor empty_result(const Tensor& like, const std::vector<int64_t>& size) {
-  static const FromBlob make = from_blob();
   const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
   const size_t bytes = size_t(n * c * h * w) * like.element_size();
-  if (!make || bytes < smallest) return empty_channels_last(like, size);
+  if (!from_blob || !keep || bytes < smallest) return empty_channels_last(like, size);
   const int64_t strides[4] = {h * w * c, 1, w * c, c};
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   char* const block = pool().take(bytes);
   AtenTensorHandle result = nullptr;
   const auto give = [](void* data, void* bytes) { pool().give(static_cast<char*>(data), reinterpret_cast<size_t>(bytes)); };
-  TORCH_ERROR_CODE_CHECK(make(block, 4, size.data(), strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &result,
+  TORCH_ERROR_CODE_CHECK(from_blob(block, 4, size.data(), strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &result,
                               aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes)));
   return Tensor(result);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnops, CompositeExplicitAutograd, m) {
+  m.impl("keep_memory", TORCH_BOX(&keep_memory));
   m.impl("empty_cache", TORCH_BOX(&empty_cache));
 }
 
