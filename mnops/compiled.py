@@ -25,10 +25,13 @@ from mnops.reference import wide
 
 def chain_this_graph() -> None:
     """While torch.compile traces: its backend, whichever it is, gets the graph chained."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    output = InstructionTranslator.current_tx().output
-    backend = output.compiler_fn
+        output = InstructionTranslator.current_tx().output
+        backend = output.compiler_fn
+    except (ImportError, AttributeError):
+        return  # the compiler of another torch, whose insides are others: the graph is right unchained too
     if not hasattr(backend, "chains"):
 
         @functools.wraps(backend)

@@ -177,3 +177,17 @@ def test_torchvision():
     with torch.no_grad():
         torch.testing.assert_close(compiled(fused, seen)(x), stock(x))
     assert "batch_norm" not in calls(seen[0])
+
+
+def test_not_chained(monkeypatch):
+    """Under a torch whose compiler has other insides the graph stays as it was traced: right too."""
+
+    def cannot():
+        return None
+
+    cannot._dynamo_marked_constant = True
+    monkeypatch.setattr("mnops.compiled.chain_this_graph", cannot)
+    stock, fused = pair(NETWORKS["functional"])
+    seen = []
+    assert_compiles(stock, fused, seen=seen, modes=(True,))
+    assert any("batch_norm" in call for call in calls(seen[0]))
