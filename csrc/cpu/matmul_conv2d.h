@@ -29,14 +29,12 @@ inline MeasuredResult matmul_forward(const MatmulShape& s, const Tensor& x, cons
     const PendingArrays<T> pending(norm, x.size(1));
     const Measured<T> out(x, s.y_size, measure);
     void* const y = out.y.mutable_data_ptr();
-    if (!out.y.numel()) {
-    } else if (s.window) {
+    if (out.y.numel() && s.window)
       stem_conv2d<T>(kernels, torch_threads(), x.size(0), *s.window, s.o, xl.const_data_ptr(), w.data, pending.pending, y,
                      out.mean_data(), out.var_data());
-    } else {
+    else if (out.y.numel())
       pointwise_conv2d<T>(kernels, torch_threads(), s.m, s.k, s.o, xl.const_data_ptr(), w.data, pending.pending, y, out.mean_data(),
                           out.var_data());
-    }
     return {in_layout_of(x, out.y), out.mean, out.var};
   });
 }

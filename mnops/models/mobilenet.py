@@ -53,8 +53,8 @@ class EndPoint(NamedTuple):
     stride: int  # of the image, in pixels
 
 # Without gradients, the stages down to 1/8 of the resolution take a large batch in parts whose maps stay in a
-# CPU's last-level cache (and below the size from which malloc hands fresh pages out at every call); the late ones,
-# whose weights outweigh their maps, take it whole. Largest maps of MobileNet: 32 and 64 channels at 1/2.
+# CPU's last-level cache; the late ones, whose weights outweigh their maps, take it whole. Largest maps of MobileNet:
+# 32 and 64 channels at 1/2.
 EARLY_STAGES = 3
 PART_BYTES = 20 << 20
 
