@@ -6,7 +6,7 @@ whose functions have the names and arguments of the ops it serves, and one line 
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ class Backend(NamedTuple):
     module: str | None  # holds the kernels as Python functions; None: they are in the native library
     missing: Callable[[], str | None] = lambda: None  # why this machine lacks it altogether, None if it does not
     traced: bool = False  # within module.inlined() its functions are what a compiler can look into
+    fallback: str | None = None  # the backend that serves, where this one is forced, the ops that it lacks
 
 
 # Triton runs its kernels on the CPU, as NumPy, where this is set before it is imported: for tests.
@@ -39,9 +40,9 @@ BACKENDS = {
         Backend("cpu", "mnops", ("cpu",), None),
         Backend("reference", "mnops_reference", (), "mnops.reference"),
         # After the reference until a GPU has run their tests: forced, not chosen.
-        Backend("cuda", "mnops_cuda_emulated", ("cpu",), None)
+        Backend("cuda", "mnops_cuda_emulated", ("cpu",), None, fallback="triton")
         if EMULATED
-        else Backend("cuda", "mnops", ("cuda",), None, _native.cuda_missing),
+        else Backend("cuda", "mnops", ("cuda",), None, _native.cuda_missing, fallback="triton"),
         Backend(
             "triton", "mnops_triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), "mnops.triton",
             traced=not INTERPRETED,
@@ -50,21 +51,46 @@ BACKENDS = {
 }
 
 
-def why_not(name: str, op: str, device: str) -> str | None:
-    """Why backend `name` does not serve `op` on tensors of device type `device`; None if it does."""
+def why_absent(name: str, device: str) -> str | None:
+    """Why backend `name` serves no op on tensors of device type `device`; None if it serves some."""
     backend = BACKENDS[name]
     if backend.devices and device not in backend.devices:
         return f"it runs on {' and '.join(backend.devices)} tensors, not on {device}"
-    if missing := backend.missing():
-        return missing
+    if backend.module is not None:
+        try:
+            importlib.import_module(backend.module)
+        except ImportError as error:
+            return str(error)
+    return backend.missing()
+
+
+def why_not(name: str, op: str, device: str) -> str | None:
+    """Why backend `name` does not itself serve `op` on tensors of device type `device`; None if it does."""
+    if absent := why_absent(name, device):
+        return absent
+    backend = BACKENDS[name]
     if backend.module is None:
         found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{backend.namespace}::{op}", device.upper())
     else:
-        try:
-            found = hasattr(importlib.import_module(backend.module), op)
-        except ImportError as error:
-            return str(error)
+        found = hasattr(importlib.import_module(backend.module), op)
     return None if found else f"it has no kernel for {op} on {device}"
+
+
+def serving(name: str, op: str, device: str) -> str:
+    """The backend that serves `op` on device type `device` where `name` is forced: itself, or the fallback for an
+    op that it lacks. One that is absent altogether is not replaced. Raises RuntimeError with the reasons."""
+    fallback = BACKENDS[name].fallback
+    return _first([name, fallback] if fallback and why_absent(name, device) is None else [name], op, device)
+
+
+def _first(names: Iterable[str], op: str, device: str) -> str:
+    reasons = {}
+    for name in names:
+        reasons[name] = why_not(name, op, device)
+        if reasons[name] is None:
+            return name
+    said = "; ".join(f"backend {name!r} does not serve it: {why}" for name, why in reasons.items())
+    raise RuntimeError(f"{op}: {said}")
 
 
 def _known(name: str, what: str) -> None:
@@ -81,11 +107,7 @@ _chosen: dict[tuple[str | None, str, str], str] = {}
 def _choose(forced: str | None, op: str, device: str) -> str:
     key = forced, op, device
     if key not in _chosen:
-        reasons = {name: why_not(name, op, device) for name in ([forced] if forced else BACKENDS)}
-        name = next((name for name, reason in reasons.items() if reason is None), None)
-        if name is None:
-            said = "; ".join(f"backend {name!r} does not serve it: {why}" for name, why in reasons.items())
-            raise RuntimeError(f"{op}: {said}")
+        name = serving(forced, op, device) if forced else _first(BACKENDS, op, device)
         _chosen[key] = BACKENDS[name].namespace
     return _chosen[key]
 
@@ -98,7 +120,7 @@ _choose._dynamo_marked_constant = True
 def choose(op: str, device: str) -> str:
     """The `torch.ops` namespace that serves `op` on device type `device`: the forced backend's or the best.
 
-    Raises RuntimeError with the reason if the forced backend does not serve it.
+    Raises RuntimeError with the reason if neither the forced backend nor its fallback serves it.
     """
     return _choose(_forced, op, device)
 
@@ -147,8 +169,9 @@ def together(*ops: str, device: str) -> bool:
 class backend:
     """Context manager that forces one backend: `with mnops.backend("reference"): ...`. The innermost counts.
 
-    The environment variable MNOPS_BACKEND forces one from the start. An unknown name raises ValueError; a
-    backend that does not serve an op raises RuntimeError with the reason when the op is called.
+    The environment variable MNOPS_BACKEND forces one from the start. An op that "cuda" lacks (pointwise_conv2d)
+    goes to "triton". An unknown name raises ValueError; where neither serves an op, RuntimeError gives the reasons
+    when it is called.
     """
 
     def __init__(self, name: str) -> None:

@@ -28,6 +28,9 @@ def lines() -> list[tuple[str, str]]:
         pairs.append((f"cpu.{capability['name']}", state))
     cuda = _native.cuda_missing()
     pairs.append(("cuda.library", "loaded" if cuda is None else cuda))
+    for backend in backends.BACKENDS.values():
+        if backend.fallback:
+            pairs.append((f"{backend.name}.fallback", f"{backend.fallback} serves the ops that {backend.name} lacks"))
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         for op in (name for name in ops.__all__ if name != "Pending"):

@@ -39,8 +39,18 @@ def missing(backend: str, device: str) -> str | None:
     return None if None in reasons else reasons[0]
 
 
+def unserved(backend: str, op: str, device: str) -> str | None:
+    """Why neither this backend nor its fallback serves op; None if one does."""
+    try:
+        backends.serving(backend, op, device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def tested(request) -> list[str]:
-    """The ops that a test of test_ops.py needs: its case's, those in its name, else all."""
+    """The ops that a test of test_ops.py needs, the one that is tested first: its case's, those in its name, else
+    all."""
     if "separable" in request.node.name:
         return ["separable_conv2d"]
     case = request.node.callspec.params.get("case")
@@ -73,8 +83,9 @@ def place(request):
 def device(request):
     """The device to test on, with each backend that serves it forced in turn."""
     name, device = request.param
-    for op in tested(request):
-        if reason := backends.why_not(name, op, device):
+    first, *others = tested(request)
+    for reason in (backends.why_not(name, first, device), *(unserved(name, op, device) for op in others)):
+        if reason:
             pytest.skip(f"backend {name}: {reason}")
     with mnops.backend(name), exact_products(device):
         yield device

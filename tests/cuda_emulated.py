@@ -409,3 +409,21 @@ def test_fakes_on_a_device_that_is_not_here():
         )
     assert y.shape == (2, 8, 4, 4) and y.stride(1) == 1 and y.dtype == BF16 and y.device.type == "cuda"
     assert mean.shape == var.shape == (8,) and mean.dtype == FP32
+
+
+@pytest.mark.skipif(not mnops.backends.INTERPRETED, reason="the package triton is not installed")
+def test_a_network_whose_pointwise_layers_are_tritons():
+    """Losses and gradients are the reference's; the ops that there are in CUDA run there."""
+    network = mnops.MobileNet(num_classes=3, width_mult=0.25, stages=(((32, 1), (64, 2)),))
+    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
+    results = {}
+    for name in ("cuda", "reference"):
+        with mnops.backend(name), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as ran:
+            loss = torch.nn.functional.cross_entropy(network(images), labels)
+            results[name] = loss, *torch.autograd.grad(loss, list(network.parameters()))
+        if name == "cuda":
+            found = {e.key for e in ran.key_averages() if e.key.startswith("mnops") and "::" in e.key}
+    torch.testing.assert_close(results["cuda"], results["reference"], rtol=1e-3, atol=1e-4)
+    emulated = "stem_conv2d", "depthwise_conv2d", "norm_act_pool"
+    expected = [*(f"mnops_cuda_emulated::{op}" for op in emulated), "mnops_triton::pointwise_conv2d"]
+    assert found == {*expected, *(f"{op}_backward" for op in expected)}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -65,6 +66,51 @@ def test_reasons():
     assert "not on cpu" in backends.why_not("cuda", "depthwise_conv2d", "cpu")
     if not torch.cuda.is_available():
         assert "CUDA" in backends.why_not("cuda", "depthwise_conv2d", "cuda")
+
+
+@pytest.fixture
+def partial(monkeypatch):
+    """A backend "cuda" on the CPU, the reference without a pointwise_conv2d; the arguments are Backend's others."""
+
+    def make(**others):
+        module = types.ModuleType("only_depthwise")
+        module.depthwise_conv2d = mnops.reference.depthwise_conv2d
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        given = {"devices": ("cpu",), "module": module.__name__, "fallback": "cpu", **others}
+        monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend("cuda", "mnops_reference", **given))
+        monkeypatch.setattr(backends, "_chosen", {})
+
+    return make
+
+
+W1 = torch.randn(6, 4, 1, 1)
+
+
+def test_ops_that_a_backend_lacks_are_its_fallbacks(partial):
+    partial()
+    with mnops.backend("cuda"):
+        assert called(lambda: ops.depthwise_conv2d(X, W)) == {"mnops_reference"}
+        assert called(lambda: ops.pointwise_conv2d(X, W1)) == {"mnops"}
+    assert backends.serving("cuda", "pointwise_conv2d", "cpu") == "cpu"
+    assert backends.why_not("cuda", "pointwise_conv2d", "cpu") == "it has no kernel for pointwise_conv2d on cpu"
+
+
+def test_a_fallback_that_does_not_serve_says_why_too(partial, monkeypatch):
+    partial(fallback="triton")
+    monkeypatch.setitem(backends.BACKENDS, "triton", backends.Backend("triton", "", ("cpu",), "mnops.triton"))
+    monkeypatch.setitem(sys.modules, "triton", None)  # not installed
+    monkeypatch.delitem(sys.modules, "mnops.triton", raising=False)
+    said = "'cuda' does not serve it: it has no kernel for .*'triton' does not serve it: the package triton is not installed"
+    with mnops.backend("cuda"), pytest.raises(RuntimeError, match=said):
+        ops.pointwise_conv2d(X, W1)
+
+
+@pytest.mark.parametrize("absent", [{"missing": lambda: "it was not built"}, {"devices": ("cuda",)}])
+def test_a_backend_that_is_absent_is_not_replaced(partial, absent):
+    partial(**absent)
+    with mnops.backend("cuda"), pytest.raises(RuntimeError, match="it was not built|not on cpu") as raised:
+        ops.pointwise_conv2d(X, W1)
+    assert "'cpu'" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("reference", "mnops_reference"), ("", "mnops")])

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OPS
+from conftest import OPS, unserved
 
 import mnops
 from mnops import backends
 
-SERVING = [name for name in backends.BACKENDS if not any(backends.why_not(name, op, "cuda") for op in OPS)]
+SERVING = [name for name in backends.BACKENDS if not any(unserved(name, op, "cuda") for op in OPS)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
