@@ -230,6 +230,7 @@ def change(root, edit):
     path.write_text(json.dumps(content))
 
 
+NAN = float("nan")  # json writes and reads it
 MALFORMED = {
     "four numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
     "category_id must be the id of a category, got 99": lambda c: c["annotations"][0].update(category_id=99),
@@ -238,6 +239,13 @@ MALFORMED = {
     "must have a list 'categories'": lambda c: c.pop("categories"),
     "bbox is missing": lambda c: c["annotations"][1].pop("bbox"),
     "'images' must not be empty": lambda c: c["images"].clear(),
+    "'annotations' must not be empty": lambda c: c["annotations"].clear(),
+    "images[0]: file_name must be a string, got 3": lambda c: c["images"][0].update(file_name=3),
+    "images[1]: id must be an integer or a string, got [1]": lambda c: c["images"][1].update(id=[1]),
+    "categories[0]: id must be an integer, got 'a'": lambda c: c["categories"][0].update(id="a"),
+    "annotations[0]: area must be a number, got 'big'": lambda c: c["annotations"][0].update(area="big"),
+    "annotations[1]: id must come once, got 1 twice": lambda c: c["annotations"][1].update(id=1),
+    "four numbers, x y width height, got [nan, 0": lambda c: c["annotations"][0].update(bbox=[NAN, 0, 1, 1]),
 }
 
 
@@ -259,6 +267,17 @@ def test_missing_data_is_told(tmp_path, capsys):
     (tmp_path / "annotations" / "instances_val.json").write_text("{")
     assert run(tmp_path, tmp_path / "out") == 2
     assert "must be JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_broken_image_is_told_before_training(tmp_path, capsys, monkeypatch, part):
+    for own in ("train", "val"):
+        drawn.draw_coco(tmp_path, own, 2)
+    path = tmp_path / part / "scene1.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    monkeypatch.setattr(detection, "detector", lambda *args, **more: nn.Identity())  # torchvision's
+    assert run(tmp_path, tmp_path / "out") == 2
+    assert f"{path}: is not a readable image" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("package", ["torchvision", "pycocotools"])

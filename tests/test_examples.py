@@ -15,6 +15,7 @@ import mnops
 from mnops.examples import common, face_attributes, face_embeddings, fine_grained, geolocation
 from mnops.train import TrainError, checkpoint
 from mnops.train.data import Images, Transform
+from mnops.train.distill import embedding_loss
 
 SMALL = """--device cpu --workers 0 --width 0.5 --size 32 --batch-size 24 --optimizer sgd --lr 0.02
     --bn-momentum 0.2"""
@@ -102,6 +103,13 @@ def test_stanford_dogs_malformed(dogs, tmp_path, capsys):
     assert "must hold train_list.mat, here or in lists/" in refused(fine_grained, dogs, out, capsys)
 
 
+def test_a_broken_image_of_the_test_is_told_before_training(dogs, tmp_path, capsys):
+    path = dogs / "Images" / "n02-green" / "test_3.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    error = refused(fine_grained, dogs, tmp_path / "out", capsys)
+    assert f"{path}: is not a readable image" in error
+
+
 # ---- geolocation ----
 
 
@@ -129,6 +137,11 @@ def test_geolocation_learns_the_cities(places, tmp_path, capsys):
     assert rows(tmp_path / "again" / "places.csv") == found
     with_others = "--most", 1, "--least", 1, "--evaluate", out / "model.pt"
     assert "was made with cells" in refused(geolocation, places, tmp_path / "other", capsys, *with_others)
+    net = mnops.MobileNet(num_classes=3, width_mult=0.5)  # as many as there are cells
+    torch.save({"model": net.state_dict(), "settings": {}}, tmp_path / "net.pt")
+    with_cells_of_its_own = "--most", 30, "--least", 2, "--evaluate", tmp_path / "net.pt"
+    error = refused(geolocation, places, tmp_path / "other", capsys, *with_cells_of_its_own)
+    assert "net.pt: must be of a run of this example, has no 'cells'" in error
 
 
 def random_places(n: int, seed: int = 0) -> np.ndarray:
@@ -200,6 +213,12 @@ def test_malformed_csv(places, tmp_path, capsys, told):
     path = places / "test.csv"
     path.write_text(re.sub(*MALFORMED_CSV[told], path.read_text(), count=1))
     assert re.search(told, refused(geolocation, places, tmp_path / "out", capsys))
+
+
+def test_a_csv_that_is_none(places, tmp_path, capsys):
+    (places / "test.csv").write_text('img_id,lat,lon\n"' + 200_000 * "x")
+    error = refused(geolocation, places, tmp_path / "out", capsys)
+    assert "test.csv: line 2 must be CSV (field larger than field limit" in error
 
 
 # ---- face attributes ----
@@ -318,6 +337,7 @@ def test_lfw_pairs_format(faces):
 MALFORMED_PAIRS = [
     (r"\A1\t18", "ten", "line 1 must be the numbers of folds and of pairs, got 'ten'"),
     (r"\A1\t18", "1\t17", "must have 34 pairs, as line 1 says, got 36"),
+    (r"\A1\t18", "1\t0", "line 1 must be the numbers of folds and of pairs, got '1\\t0'"),
     (r"\n(n01-red\t\d+)\t\d+", r"\n\1", "line 2 must be NAME I J or NAME I OTHER J, got 'n01-red"),
     (r"\nn01-red\t\d+", "\nn01-red\t77", "line 2: there is no image"),
 ]
@@ -390,12 +410,44 @@ def test_a_page_escapes_what_it_shows(tmp_path):
     assert [part for part in shown if part not in text] == []
 
 
+def test_weights_are_for_the_network_that_is_made_first(tmp_path):
+    made = []
+
+    def build(s):
+        made.append((s.width, s.weights))
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
+
+    command = common.Command("test", "", teacher=None, teacher_width=1.0, teacher_epochs=1)
+    command.teacher_options()
+    rng = np.random.default_rng(0)
+    data = Images([drawn.noise(rng, (9, 9, 9)) for _ in range(2)], [0, 0], Transform(8))
+
+    def run(*more):
+        made.clear()
+        options = ["--data", ".", "--weights", "w.pt", "--width", "0.5", "--epochs", "1", "--batch-size", "2", "--workers", "0"]
+        s = command.parser.parse_args([*options, "--out", str(tmp_path), *more])
+        s.__dict__ = command.defaults | s.__dict__
+        learn = lambda model, own: checkpoint.save(tmp_path / "t.pt", {"model": model.state_dict()})  # noqa: E731
+        common.distilled(s, build, learn, embedding_loss, data, torch.device("cpu"))
+        return made
+
+    assert run() == [(1.0, "w.pt"), (0.5, None)]
+    assert run("--teacher-width", "0.5") == [(0.5, "w.pt"), (0.5, "w.pt")]
+    assert run("--teacher", str(tmp_path / "t.pt")) == [(0.5, None), (0.5, "w.pt")]
+
+
 @pytest.mark.parametrize("example", [fine_grained, geolocation, face_attributes, face_embeddings])
 def test_a_folder_that_is_not_there(example, tmp_path, capsys):
     name = example.__name__.rpartition(".")[2]
     error = refused(example, tmp_path / "none", tmp_path / "out", capsys)
     assert error == f"{name}: --data {tmp_path}/none: there is no such directory"
     assert example.command.parser.format_help().count("--") > 15
+
+
+def test_results_that_cannot_be_written(dogs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run(fine_grained, dogs, tmp_path / "file" / "out") == 2
+    assert "--out " in (error := capsys.readouterr().err) and "cannot be made a folder" in error
 
 
 def test_a_missing_package_is_named(places, tmp_path, capsys, monkeypatch):

@@ -209,7 +209,7 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path):
     with pytest.raises(TrainError, match=r"x\.pt: there is no such file"):
         checkpoint.load(path)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(TrainError, match="is not a readable checkpoint"):
+    with pytest.raises(TrainError, match=r"is not a readable checkpoint \(it must hold tensors and plain"):
         checkpoint.load(path)
     torch.save({"model": {"w": torch.ones(1000)}}, path)
     path.write_bytes(path.read_bytes()[:-700])

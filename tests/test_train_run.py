@@ -326,6 +326,12 @@ def test_splits_a_folder_without_val(tmp_path, capsys):
             *options("--data", root, "--out", tmp_path / "run2", "--batch-size", 4))
 
 
+def test_results_that_cannot_be_written(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    refuses(capsys, "mnops train: --out .*/file: cannot be made a folder",
+            *options("--data", folder, "--out", tmp_path / "file", "--batch-size", 12, "--workers", 0))
+
+
 def test_checkpoints_of_another_kind(trained, folder, tmp_path, capsys):
     last, weights = trained / "last.pt", tmp_path / "weights.pt"
     torch.save(mnops.MobileNet(num_classes=3, width_mult=0.5).state_dict(), weights)

@@ -33,7 +33,7 @@ from mnops.train.schedule import lr_factor
 
 # ---- options ----
 
-RUN = {"data", "out", "overwrite", "evaluate", "weights", "workers", "device"}  # of a run, not of its model
+RUN = {"data", "out", "overwrite", "evaluate", "weights", "workers", "verify", "device"}  # of a run, not of its model
 
 
 class Command:
@@ -69,6 +69,8 @@ class Command:
         add("--amp", "mixed precision", choices=["off", "bf16"])
         add("--bn-momentum", "share of a new batch in the running statistics", type=number(float, 0, 1))
         add("--workers", "processes that decode; 0: none [one a core, at most 8]", type=number(int, 0))
+        add("--verify", "decode every file once before training [if there are at most 10000]",
+            action=argparse.BooleanOptionalAction)  # fmt: skip
         add("--device", "cpu, cuda, cuda:1, ... [cuda where there is one]")
         add("--seed", "of weights, order and crops", type=number(int, 0))
 
@@ -180,6 +182,8 @@ def network(s: Namespace, outputs: int, device: torch.device) -> nn.Module:
 def saved(s: Namespace, path: str, build: Callable[[Namespace], nn.Module], **wanted: Any) -> nn.Module:
     """The model of an earlier run, of the width it was made with. wanted: entries that it must have."""
     state = checkpoint.load(Path(path))
+    if missing := wanted.keys() - state.keys():
+        raise TrainError(f"checkpoint {path}: must be of a run of this example, has no {min(missing)!r}")
     checkpoint.check_settings(state, wanted, Path(path))
     made_with = {k: v for k, v in state.get("settings", {}).items() if k in MODEL}
     model = build(changed(s, **made_with, weights=None))
@@ -213,7 +217,7 @@ def fit(
             raise TrainError(f"--batch-size: must be {most}, got {s.batch_size}")
         keys = StepSampler(len(data), s.batch_size, s.seed, 0, s.epochs * (len(data) // s.batch_size), 0, 1)
     total, out = len(keys), Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(out)
     optimizer = build_optimizer(s, model)
     model.train()
     for module in frozen:
@@ -259,13 +263,16 @@ def distilled(
     device: torch.device,
     **extra: Any,
 ) -> dict[str, nn.Module]:
-    """A teacher, of an earlier run or made to `learn`, and the student that it teaches without labels."""
+    """A teacher, of an earlier run or made to `learn`, and the student that it teaches without labels.
+
+    --weights are for the network that is made first, and for the student where it is as wide.
+    """
     if s.teacher:
         teacher = saved(s, s.teacher, build, **extra)
     else:
         own = changed(s, width=s.teacher_width, epochs=s.teacher_epochs)
         learn(teacher := build(own), own)
-    student = build(changed(s, weights=s.weights if s.width == s.teacher_width else None))
+    student = build(s if s.teacher or s.width == s.teacher_width else changed(s, weights=None))
     teach = Distillation(teacher, loss)
     fit(student, lambda images, _: teach(student, images), data, s, device, **extra)
     return {"teacher": teacher, "student": student}
@@ -307,7 +314,7 @@ def predict(model: nn.Module, data: Images, s: Namespace, device: torch.device, 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(path.parent)
     checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -358,7 +365,7 @@ class Page:
 
     def write(self, path: Path, said: str = "") -> None:
         """Writes it; prints what is `said`, and where it is."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.make_folder(path.parent)
         checkpoint.write_atomically(path, lambda file: file.write("\n".join(self.parts).encode()))
         if said:
             print(f"{said}; {path}", flush=True)

@@ -8,6 +8,7 @@ data set in that format will do.
 """
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 
 from mnops.train import TrainError, checkpoint
 from mnops.train.cli import ema_weights, number
-from mnops.train.data import decode
+from mnops.train.data import check, decode
 
 from . import common
 
@@ -60,20 +61,20 @@ def coco(root: Path, part: str) -> Coco:
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise TrainError(f"{path}: must have a list {name!r}")
-    categories = [(c["id"], c["name"]) for c in _rows(path, content, "categories", "id", "name")]
+    categories = [(c["id"], c["name"]) for c in _rows(path, content, "categories", CATEGORY)]
     label_of = {id: i for i, (id, _) in enumerate(sorted(categories), 1)}
     images = {}
-    for row in _rows(path, content, "images", "id", "file_name", "height", "width"):
+    for row in _rows(path, content, "images", IMAGE):
         file = common.existing(folder / row["file_name"], f"{path}: image {row['id']}")
         images[row["id"]] = row | {"path": file, "boxes": [], "labels": []}
-    for row in _rows(path, content, "annotations", "id", "image_id", "category_id", "bbox", "area"):
+    for row in _rows(path, content, "annotations", ANNOTATION):
         where = f"{path}: annotation {row['id']}"
         if row["image_id"] not in images:
             raise TrainError(f"{where}: image_id must be the id of an image, got {row['image_id']!r}")
         if row["category_id"] not in label_of:
             raise TrainError(f"{where}: category_id must be the id of a category, got {row['category_id']!r}")
         box = row["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
             raise TrainError(f"{where}: bbox must be four numbers, x y width height, got {box!r}")
         x, y, width, height = box
         if row.get("iscrowd") or width <= 0 or height <= 0:  # COCO has a few boxes of no width
@@ -84,13 +85,28 @@ def coco(root: Path, part: str) -> Coco:
     return Coco(path, folder, list(images.values()), sorted(categories))
 
 
-def _rows(path: Path, content: dict[str, list], name: str, *keys: str) -> list[dict[str, Any]]:
-    if not content[name] and name != "annotations":
+# What a row of a list has, and of which type.
+CATEGORY = dict(id=int, name=str)
+IMAGE = dict(id=int | str, file_name=str, height=int | float, width=int | float)
+ANNOTATION = dict(id=int | str, image_id=int | str, category_id=int | str, bbox=list, area=int | float)
+SAID = {int: "an integer", str: "a string", int | str: "an integer or a string", int | float: "a number",
+        list: "a list"}  # fmt: skip
+
+
+def _rows(path: Path, content: dict[str, list], name: str, keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a list, each with the keys and of their types, no id twice."""
+    if not content[name]:
         raise TrainError(f"{path}: {name!r} must not be empty")
+    ids = set()
     for i, row in enumerate(content[name]):
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise TrainError(f"{path}: {name}[{i}] must have {', '.join(keys)}, {missing[0]} is missing")
+        for key, kind in keys.items():
+            if not isinstance(row, dict) or key not in row:
+                raise TrainError(f"{path}: {name}[{i}] must have {', '.join(keys)}, {key} is missing")
+            if not isinstance(row[key], kind):
+                raise TrainError(f"{path}: {name}[{i}]: {key} must be {SAID[kind]}, got {row[key]!r}")
+        if row["id"] in ids:
+            raise TrainError(f"{path}: {name}[{i}]: id must come once, got {row['id']!r} twice")
+        ids.add(row["id"])
     return content[name]
 
 
@@ -242,6 +258,7 @@ command.option("--pictures", "images to draw the boxes on", type=number(int, 0))
 def main(s: Namespace, device: torch.device) -> None:
     root, out = Path(s.data), Path(s.out)
     test = coco(root, "val")
+    check([image["path"] for image in test.images], s.verify)
     model_of = partial(detector, categories=len(test.categories), device=device)
     made_with = dict(network=s.network, categories=[list(c) for c in test.categories])
     if s.evaluate:
@@ -253,6 +270,7 @@ def main(s: Namespace, device: torch.device) -> None:
         model = model_of(s)
         augment = augmentation(s.augment or ("crop" if s.network == "ssd" else "flip"))
         images = [image for image in data.images if image["boxes"]]
+        check([image["path"] for image in images], s.verify)
         scenes, frozen = Scenes(images, augment, s.seed), started(model) if s.freeze_bn else []
         common.fit(model, losses(model), scenes, s, device, frozen=frozen, collate=collate, **made_with)
     report(detect(model, Scenes(test.images), s, device), test, s, out)
@@ -268,8 +286,7 @@ def report(found: list[dict[str, Tensor]], test: Coco, s: Namespace, out: Path) 
         "for SSD 300, 0.164 and 0.198 for Faster-RCNN at 300 and 600, on COCO."
     )
     page.table(["metric", "value"], metrics.items())
-    pictures = out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(pictures := out / "pictures")
     names = [name for _, name in test.categories]
     for image, result in list(zip(test.images, found))[: s.pictures]:
         picture = drawn(decode(image["path"]), result, names, s.show)

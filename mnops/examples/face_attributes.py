@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnops.train import TrainError
-from mnops.train.data import Images, Transform
+from mnops.train.data import Images, Transform, check
 from mnops.train.distill import attribute_loss
 
 from . import common
@@ -96,6 +96,8 @@ def main(s: Namespace, device: torch.device) -> None:
     train_view, test_view = common.transforms(s)
     train, names = part_of(root, TRAIN, train_view, s.seed)
     test, _ = part_of(root, TEST, test_view)
+    for part in (test, train):
+        check(part.images, s.verify)
 
     def build(own: Namespace) -> nn.Module:
         return common.network(own, len(names), device)

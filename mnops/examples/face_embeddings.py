@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 
 from mnops.train import TrainError
 from mnops.train.cli import number
-from mnops.train.data import EXTENSIONS, Images, class_folders
+from mnops.train.data import EXTENSIONS, Images, check, class_folders
 from mnops.train.distill import embedding_loss, triplet_loss
 
 from . import common
@@ -43,7 +43,7 @@ def lfw_pairs(path: Path, folder: Path) -> Pairs:
     for one person, NAME I OTHER J for two; image I of NAME is NAME/NAME_000I.* in the folder."""
     lines = common.text_lines(path)
     head = lines[0].split() if lines else []
-    if len(head) not in (1, 2) or not all(word.isdigit() for word in head):
+    if len(head) not in (1, 2) or not all(word.isdigit() and int(word) for word in head):
         got = "".join(lines[:1])
         raise TrainError(f"{path}: line 1 must be the numbers of folds and of pairs, got {got!r}")
     numbers: dict[Path, int] = {}
@@ -155,6 +155,7 @@ def main(s: Namespace, device: torch.device) -> None:
     out, train_view, test_view = Path(s.out), *common.transforms(s)
     pairs = lfw_pairs(Path(s.pairs or Path(s.data) / "pairs.txt"), Path(s.pairs_images or s.data))
     test = Images(pairs.images, [0] * len(pairs.images), test_view)
+    check(pairs.images, s.verify)
 
     def build(own: Namespace) -> nn.Module:
         return Embedder(common.network(own, s.dim, device), s.bn_momentum).to(device)
@@ -168,6 +169,7 @@ def main(s: Namespace, device: torch.device) -> None:
         models = {"student": common.saved(s, s.evaluate, build, dim=s.dim)}
     else:
         images, labels, _ = class_folders(Path(s.data))
+        check(images, s.verify)
         people = Images(images, labels, train_view, s.seed)
         models = common.distilled(s, build, learn, embedding_loss, people, device, dim=s.dim)
     distances = {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mnops import MobileNet
 from mnops.train import TrainError
 from mnops.train.cli import number
-from mnops.train.data import Images, class_folders
+from mnops.train.data import Images, check, class_folders
 
 from . import common
 
@@ -87,13 +87,16 @@ def main(s: Namespace, device: torch.device) -> None:
         both = "train_list.mat and test_list.mat"
         raise TrainError(f"{root}: {both} must have the same breeds, not so {odd[0]!r}")
     test = Images(test_paths, test_labels, test_view)
+    check(test_paths, s.verify)
     model_of = partial(common.network, outputs=len(breeds), device=device)
     if s.evaluate:
         model = common.saved(s, s.evaluate, model_of, classes=breeds)
     else:
         train = Images(paths, labels, train_view, s.seed)
+        check(paths, s.verify)
         if s.noisy:
             images, noisy_labels, classes = class_folders(Path(s.noisy))
+            check(images, s.verify)
             noisy = Images(images, noisy_labels, train_view, s.seed)
             model = common.network(s, len(classes), device)
             own, loss = common.changed(s, epochs=s.noisy_epochs), common.with_labels(model, F.cross_entropy)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from mnops.train import TrainError
 from mnops.train.cli import number
-from mnops.train.data import Images
+from mnops.train.data import Images, check
 
 from . import common
 
@@ -39,6 +39,10 @@ LEAVES = 30  # the finest level of S2
 def photos(path: Path) -> tuple[list[Path], np.ndarray]:
     """The photos of a csv and their places (N, 2): latitude and longitude in degrees."""
     rows = csv.DictReader(common.text_lines(path))
+    try:
+        lines = [(rows.line_num, row) for row in rows]
+    except csv.Error as e:
+        raise TrainError(f"{path}: line {rows.line_num + 1} must be CSV ({e})") from e
     known = {name.strip().lower(): name for name in rows.fieldnames or []}
     columns = []
     for what, names in COLUMNS.items():
@@ -48,8 +52,8 @@ def photos(path: Path) -> tuple[list[Path], np.ndarray]:
             raise TrainError(f"{path}: {must}, got {', '.join(known)}")
         columns.append(column)
     root, images, places = path.parent, [], []
-    for row in rows:
-        told_by = f"{path}: line {rows.line_num}"
+    for at, row in lines:
+        told_by = f"{path}: line {at}"
         name, *degrees = (row[column] or "" for column in columns)
         for what, text, limit in zip(("latitude", "longitude"), degrees, (90, 180)):
             try:
@@ -150,6 +154,7 @@ def main(s: Namespace, device: torch.device) -> None:
     train_view, test_view = common.transforms(s)
     test_images, truth = photos(root / "test.csv")
     test = Images(test_images, [0] * len(test_images), test_view)
+    check(test_images, s.verify)
     images, places = photos(root / "train.csv")
     partition = Partition.of(places, s.most, s.least, s.finest)
     if len(partition) < 2:
@@ -162,6 +167,7 @@ def main(s: Namespace, device: torch.device) -> None:
     else:
         labels = partition.find(places)
         kept = np.flatnonzero(labels >= 0)
+        check([images[i] for i in kept], s.verify)
         lost = f"{len(images) - len(kept)} of {len(images)} photos are in none"
         print(f"{len(partition)} cells; {lost}", flush=True)
         model = model_of(s)

@@ -1,6 +1,7 @@
 """Checkpoints, written so that a kill at any instant leaves the old file or the new one, never half of it."""
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ def write_atomically(path: Path, write) -> None:
         os.close(directory)
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder of a run's results, and those above it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise TrainError(f"--out {path}: cannot be made a folder ({e.strerror})") from e
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise TrainError(f"--out {path}: must be a folder that may be written to")
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
@@ -41,7 +52,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises half a dozen types here, by what is wrong with the file
-        reason = str(e).strip().partition("\n")[0]
+        told = "it must hold tensors and plain values, as torch.save writes them"
+        reason = told if isinstance(e, pickle.UnpicklingError) else str(e).strip().partition("\n")[0]
         raise TrainError(f"checkpoint {path}: is not a readable checkpoint ({reason})") from e
     if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
         return dict(state)

@@ -270,7 +270,7 @@ def train(explicit: dict[str, Any]) -> dict[str, float]:
             check_classes(state, data.classes, path)
             trainer.load_state_dict(state, path)
         if w.rank == 0:  # from here on the disk changes
-            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.make_folder(path.parent)
             if not resume:
                 for name in ("last.pt", "best.pt"):
                     (path.parent / name).unlink(missing_ok=True)

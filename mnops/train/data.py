@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from . import TrainError
 
@@ -116,8 +117,7 @@ def digits(train: Transform, test: Transform, seed: int) -> Data:
 def image_folder(root: Path, train: Transform, test: Transform, seed: int, val_fraction: float,
                  verify: bool | None) -> Data:
     """`root`/train/CLASS/* and `root`/val/CLASS/* (or validation, test); or `root`/CLASS/*, of which
-    `val_fraction` of each class, always the same images, is held out. `verify` decodes every file once before
-    anything starts; None: if there are at most VERIFY_LIMIT."""
+    `val_fraction` of each class, always the same images, is held out. `verify`: see `check`."""
     if not root.is_dir():
         raise TrainError(f"--data {root}: there is no such directory")
     if (root / "train").is_dir():
@@ -132,11 +132,16 @@ def image_folder(root: Path, train: Transform, test: Transform, seed: int, val_f
         data = Data(Images(images, labels, train, seed), Images(test_images, test_labels, test), classes)
     else:
         data = _split(*class_folders(root), val_fraction, train, test, seed)
-    files = [*data.train.images, *data.test.images]
-    if verify or (verify is None and len(files) <= VERIFY_LIMIT):
-        for path in files:
-            decode(path)
+    check([*data.train.images, *data.test.images], verify)
     return data
+
+
+def check(files: Sequence[Path], verify: bool | None) -> None:
+    """Decodes every file once, so that a broken one is told before anything starts; verify=None: if there are
+    at most VERIFY_LIMIT."""
+    if verify or (verify is None and len(files) <= VERIFY_LIMIT):
+        for path in tqdm(files, "check", unit="img", delay=2, leave=False, dynamic_ncols=True):
+            decode(path)
 
 
 def class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
