@@ -14,9 +14,9 @@ TORCH ?= 2.13.0
 VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
-# A file's tests stay in one process, so that what they share is made once.
+# A file's tests stay in one process, so that what they share is made once; tests/conftest.py says which files come first.
 TEST_JOBS ?= auto
-PYTEST := -m pytest -q -rs -n $(TEST_JOBS) --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest -q -rs -n $(TEST_JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q

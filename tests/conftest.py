@@ -28,6 +28,14 @@ with contextlib.suppress(ImportError):  # where it is not installed, what needs 
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+# Each file is one process's: the longest begin first, so that none is left to the end.
+LONGEST = ["test_cuda.py", "test_triton.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 OPS = [name for name in ops.__all__ if name != "Pending"]
 
 

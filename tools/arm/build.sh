@@ -7,4 +7,5 @@ cache=$(tools/arm/environment.sh)
 export CMAKE_TOOLCHAIN_FILE=$PWD/tools/arm/toolchain.cmake MNOPS_CUDA=OFF
 export CXXFLAGS="-idirafter $cache/root/usr/include"  # Debian's pyconfig.h includes its aarch64 half from there
 rm -rf build/arm/package
-"$cache/python" setup.py -q build --build-base build/arm --build-lib build/arm/package
+mkdir -p build/arm  # its .egg-info, too: the host's, in the root, may be written at the same time
+"$cache/python" setup.py -q egg_info --egg-base build/arm build --build-base build/arm --build-lib build/arm/package
