@@ -131,8 +131,7 @@ def test_wrong_environment_variable(monkeypatch):
 
 
 def test_import_is_light():
-    # triton comes with torch.utils.flop_counter where it is installed
-    heavy = {"torchvision", "timm", "matplotlib", "sklearn", "PIL", "tensorboard", "torch._dynamo"}
+    heavy = {"torchvision", "timm", "matplotlib", "sklearn", "PIL", "tensorboard", "torch._dynamo", "triton"}
     code = (
         f"import torch, sys; a = set(sys.modules); import mnops; print(*({heavy} & (set(sys.modules) - a)))"
     )

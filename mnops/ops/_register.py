@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.utils.flop_counter import register_flop_formula
 
 from mnops import backends, reference
+from mnops.ops import _flops
 from mnops.reference import layout, wide
 
 # ---- fake outputs ----
@@ -169,8 +169,8 @@ def register(
         torch.library.register_autograd(qualified[0], formula, setup_context=setup_context)
         setup_again, backward_again = _reference_vjp(f"{name}_backward")
         torch.library.register_autograd(qualified[1], backward_again, setup_context=setup_again)
-        register_flop_formula(forward_op)(flops)
-        register_flop_formula(backward_op)(flops_backward)
+        _flops.register(forward_op, flops)
+        _flops.register(backward_op, flops_backward)
         function = _function(forward_op.default, setup_context, formula)
         _ops[backend.namespace, name] = forward_op.default, function
 
@@ -182,7 +182,7 @@ def register_inference(name: str, fake: Callable, flops: Callable) -> None:
             _define(backend, name)
         torch.library.register_fake(f"{backend.namespace}::{name}", fake)
         op = getattr(getattr(torch.ops, backend.namespace), name)
-        register_flop_formula(op)(flops)
+        _flops.register(op, flops)
         _ops[backend.namespace, name] = op.default, None
 
 
