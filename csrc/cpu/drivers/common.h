@@ -77,12 +77,12 @@ template <class T> struct NormVectors {
     const int64_t size = padded(c * repeat) + channel_padding;  // a whole vector can be loaded at any channel
     data = zeros<T>(3 * size);
     T *mean = data.get(), *scale = mean + size, *shift = scale + size;
-    for (int64_t i = 0; i < c * repeat; i++) {
-      const int64_t j = i % c;
-      mean[i] = p.mean ? p.mean[j] : T(0);
-      scale[i] = T((p.gamma ? double(p.gamma[j]) : 1.0) / (p.var ? std::sqrt(double(p.var[j]) + p.eps) : 1.0));
-      shift[i] = p.beta ? p.beta[j] : T(0);
-    }
+    if (p.mean) std::copy_n(p.mean, c, mean);
+    if (p.beta) std::copy_n(p.beta, c, shift);
+    std::fill_n(scale, c, T(1));
+    if (p.gamma) std::copy_n(p.gamma, c, scale);
+    for (int64_t i = 0; p.var && i < c; i++) scale[i] = T(double(scale[i]) / std::sqrt(double(p.var[i]) + p.eps));
+    for (int64_t i = 0; i < c * (repeat - 1); i++) mean[c + i] = mean[i], scale[c + i] = scale[i], shift[c + i] = shift[i];
     norm = {mean, scale, shift, p.act, !p.mean && !p.gamma && !p.beta};
   }
 };

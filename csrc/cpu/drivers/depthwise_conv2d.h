@@ -27,9 +27,10 @@ template <class T> Depthwise<T> plan_depthwise(const DepthwiseShape& s, int thre
 
 // (C, 1, kh, kw) -> [kh * kw][padded(C)]
 template <class T> Buffer<T> pack_depthwise_weight(const T* w, int64_t c, int64_t taps) {
-  Buffer<T> packed = zeros<T>(taps * padded(c));
-  for (int64_t i = 0; i < c; i++)
-    for (int64_t k = 0; k < taps; k++) packed[k * padded(c) + i] = w[i * taps + k];
+  const int64_t size = padded(c);
+  Buffer<T> packed = zeros<T>(taps * size);
+  for (int64_t k = 0; k < taps; k++)  // taps outside: a stride of many channels would meet in one set of the cache
+    for (int64_t i = 0; i < c; i++) packed[k * size + i] = w[i * taps + k];
   return packed;
 }
 
@@ -72,8 +73,8 @@ void depthwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
     kernels.depthwise_backward(p, items * t / count, items * (t + 1) / count, gw.of(t), sums.sums(t), scratch(bytes));
   });
   if (dx) sums.write(count, s.c, pending, grads);
-  for (int64_t i = 0; dweight && i < s.c; i++)
-    for (int64_t k = 0; k < taps; k++) {
+  for (int64_t k = 0; dweight && k < taps; k++)
+    for (int64_t i = 0; i < s.c; i++) {
       double total = 0;
       for (int t = 0; t < count; t++) total += gw.of(t, k)[i];
       dweight[i * taps + k] = T(total);

@@ -86,12 +86,16 @@ void pointwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
   const int sharers = threads.worth(size);
   threads.run(sharers, [&](int t) {  // [panel of k][o][nr] of every thread -> (o, k)
     for (int64_t j = panels * t / sharers; j < panels * (t + 1) / sharers; j++)
-      for (int64_t i = 0; i < o; i++)
-        for (int64_t l = 0; l < std::min(nr, k - j * nr); l++) {
-          T total = 0;
-          for (int s = 0; s < copies; s++) total += gw[s * size + (j * op + i) * nr + l];
-          dweight[i * k + j * nr + l] = total;
+      for (int64_t i = 0; i < o; i++) {
+        const T* from = gw.get() + (j * op + i) * nr;
+        T* const to = dweight + i * k + j * nr;
+        const int64_t lanes = std::min(nr, k - j * nr);
+        std::copy_n(from, lanes, to);
+        for (int s = 1; s < copies; s++) {
+          from += size;
+          for (int64_t l = 0; l < lanes; l++) to[l] += from[l];
         }
+      }
   });
 }
 

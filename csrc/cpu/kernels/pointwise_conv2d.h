@@ -119,9 +119,17 @@ template <class T> void pack_columns(const T* w, int64_t o, int64_t k, int64_t p
 // Packs the same matrix into panels over k: dst[p][o][nr] = w[o][p * nr + i].
 template <class T> void pack_rows(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst) {
   constexpr int NR = Shape<typename Vec<T>::type>::nr;
-  for (int64_t p = panel_begin; p < panel_end; p++)
-    for (int64_t i = 0; i < o; i++)
-      for (int64_t j = 0; j < NR; j++) dst[(p * o + i) * NR + j] = p * NR + j < k ? w[i * k + p * NR + j] : T(0);
+  for (int64_t p = panel_begin; p < panel_end; p++) {
+    const int64_t lanes = least(NR, k - p * NR);
+    for (int64_t i = 0; i < o; i++) {
+      const T* const from = w + i * k + p * NR;
+      T* const to = dst + (p * o + i) * NR;
+      if (lanes == NR)
+        for (int j = 0; j < NR; j++) to[j] = from[j];
+      else
+        for (int j = 0; j < NR; j++) to[j] = j < lanes ? from[j] : T(0);
+    }
+  }
 }
 
 // Fetches one of `parts` parts of an array into L2: spread over the products of one block, so that the next block is
