@@ -10,7 +10,7 @@ What the ops do not cover (another kind of convolution or norm, children with ho
 so does what is recorded to be run elsewhere (`mnops.backends.wants_stock`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.fx
@@ -22,6 +22,8 @@ from mnops import backends, lazy, ops, sync
 from mnops.functional import refuse_single_value, update_running
 from mnops.ops import Pending
 from mnops.ops._contract import same_padding
+from mnops.ops.separable_conv2d import SeparableBlock
+from mnops.ops.separable_conv2d import separable_chain as run_separable
 from mnops.recompute import recomputed
 from mnops.reference import ACTIVATIONS, wide
 
@@ -40,6 +42,9 @@ class Folded(nn.Identity):
                 "deploy: a folded BatchNorm cannot be trained; train the model that the copy is of"
             )
         return super().train(mode)
+
+
+NORMS = (*BATCH_NORMS, Folded)
 
 
 def check_act(owner: str, act: str) -> str:
@@ -72,6 +77,8 @@ def chain(module: nn.Module, x: Tensor | Pending) -> Pending:
         if isinstance(module, Block):
             return module.chain(x)
         if type(module) is nn.Sequential:
+            if (found := separable_chain(module, x)) is not None:
+                return found
             for child in module:
                 x = chain(child, x)
             return x if isinstance(x, Pending) else Pending(x)
@@ -86,17 +93,17 @@ def conv_bn_act(
     if op is None or backends.wants_stock(x.x if isinstance(x, Pending) else x):
         return Pending(_stock(ops.norm_act(x), conv, bn, act, same))
     measure = _measures(bn)
-    padding = "same" if same else conv.padding
+    weight, padding = _parameter(conv, "weight"), "same" if same else conv.padding
     if op == "depthwise":
-        y, mean, var = ops.depthwise_conv2d(x, conv.weight, conv.stride, padding, conv.dilation, measure)
+        y, mean, var = ops.depthwise_conv2d(x, weight, conv.stride, padding, conv.dilation, measure)
     elif op == "pointwise":
-        y, mean, var = ops.pointwise_conv2d(x, conv.weight, measure)
+        y, mean, var = ops.pointwise_conv2d(x, weight, measure)
     else:
-        y, mean, var = ops.stem_conv2d(x, conv.weight, conv.stride, padding, measure)
+        y, mean, var = ops.stem_conv2d(x, weight, conv.stride, padding, measure)
     if not measure:
         return Pending(y, *_frozen(bn, conv, y, act))
-    mean, var = statistics(bn, y, mean, var, conv.bias, measure)
-    return Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
+    mean, var = statistics(bn, y, mean, var, _parameter(conv, "bias"), measure)
+    return Pending(y, mean, var, _parameter(bn, "weight"), _parameter(bn, "bias"), bn.eps, act)
 
 
 def separable_bn_act(
@@ -114,7 +121,7 @@ def separable_bn_act(
         and not (_measures(bn1) or _measures(bn2) or backends.wants_stock(tensor))
         and backends.together("depthwise_conv2d", "separable_conv2d", device=tensor.device.type)
     ):
-        taps, weight = conv_dw._parameters["weight"], conv_pw._parameters["weight"]
+        taps, weight = _parameter(conv_dw, "weight"), _parameter(conv_pw, "weight")
         norm, padding = _frozen(bn1, conv_dw, tensor, act1), "same" if same else conv_dw.padding
         y = ops.separable_conv2d(x, taps, norm, weight, conv_dw.stride, padding, conv_dw.dilation)
         return Pending(y, *_frozen(bn2, conv_pw, y, act2))
@@ -122,12 +129,59 @@ def separable_bn_act(
     return conv_bn_act(x, conv_pw, bn2, act2, fused=fused)
 
 
+def separable_chain(module: nn.Sequential, x: Tensor | Pending) -> Pending | None:
+    """chain(module, x) by one op, where its leaves are DepthwiseSeparable and no gradient can be asked for; or None."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Pending):
+        return None
+    tensor, *norm, eps, act = x
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) or backends.wants_stock(tensor):
+        return None
+    if not backends.together("separable_conv2d", "separable_chain", device=device):
+        return None
+    found = []
+    for block in _leaves(module):
+        if type(block) is not DepthwiseSeparable or block.act != act or not block.fused or has_hooks(block):
+            return None
+        conv_dw, bn1, conv_pw, bn2 = block.conv_dw, block.bn1, block.conv_pw, block.bn2
+        known = _op_of(conv_dw, bn1, block.same) == "depthwise" and _op_of(conv_pw, bn2, False) == "pointwise"
+        if not known or _measures(bn1) or _measures(bn2) or block.same or isinstance(conv_dw.padding, str):
+            return None
+        *mid, mid_eps, _ = _frozen(bn1, conv_dw, tensor, act)
+        height, width = conv_dw.padding
+        found.append(SeparableBlock(
+            _parameter(conv_dw, "weight"), _parameter(conv_pw, "weight"), norm, eps, mid, mid_eps,
+            conv_dw.stride, (height, height, width, width), conv_dw.dilation
+        ))  # fmt: skip
+        *norm, eps, _ = _frozen(bn2, conv_pw, tensor, act)
+        if any(v is None for v in (*found[-1].norm, *mid, *norm)):
+            return None
+    return Pending(run_separable(tensor, found, act), *norm, eps, act) if found else None
+
+
+def _leaves(module: nn.Sequential) -> Iterator[nn.Module]:
+    """The modules of a Sequential and of those in it, in order; one with hooks is a leaf."""
+    for child in module:
+        if type(child) is nn.Sequential and not has_hooks(child):
+            yield from _leaves(child)
+        else:
+            yield child
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """module.name, ten times as fast where it is a parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def _measures(bn: nn.Module) -> bool:
     """Whether bn normalises with the statistics of the batch."""
     if type(bn) is Folded:
         return False
-    buffers = bn._buffers  # ten times as fast as the attributes
-    return bn.training or (buffers["running_mean"] is None and buffers["running_var"] is None)
+    if bn.training:
+        return True
+    buffers = bn._buffers
+    return buffers["running_mean"] is None and buffers["running_var"] is None
 
 
 def _running(bn: nn.Module, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,16 +192,16 @@ def _running(bn: nn.Module, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Ten
 
 def _frozen(bn: nn.Module, conv: nn.Conv2d, x: Tensor, act: str) -> tuple:
     """The norm of conv's output that does not depend on the batch, and act: what follows x in Pending."""
-    vectors, bias = bn._parameters, conv._parameters["bias"]
+    bias = _parameter(conv, "bias")
     if type(bn) is Folded:
         bias = bias.to(wide(x))
         return -bias, torch.ones_like(bias), None, None, 0.0, act
-    return *_running(bn, bias, x), vectors["weight"], vectors["bias"], bn.eps, act
+    return *_running(bn, bias, x), _parameter(bn, "weight"), _parameter(bn, "bias"), bn.eps, act
 
 
 def _op_of(conv: nn.Module, bn: nn.Module, same: bool) -> str | None:
     """Which op computes conv, or None if the stock modules must: subclasses may compute anything."""
-    known = type(conv) is nn.Conv2d and type(bn) in (*BATCH_NORMS, Folded)
+    known = type(conv) is nn.Conv2d and type(bn) in NORMS
     if not known or has_hooks(conv) or has_hooks(bn):
         return None
     return served_by(conv, same)
@@ -200,14 +254,15 @@ def statistics(
         refuse_single_value(count, y)
     else:
         mean, var, count = sync.synchronise(mean, var, count, group)
-    if bn.training and bn.track_running_stats and bn.running_mean is not None:
-        momentum = bn.momentum
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
+    running_mean, running_var = bn._buffers["running_mean"], bn._buffers["running_var"]
+    if bn.training and bn.track_running_stats and running_mean is not None:
+        momentum, batches = bn.momentum, bn._buffers["num_batches_tracked"]
+        if batches is not None:
+            batches.add_(1)
             if momentum is None:  # cumulative average; a tensor, so that nothing waits for its value
-                momentum = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
+                momentum = batches.to(running_mean.dtype).reciprocal()
         shifted = mean if bias is None else mean + bias
-        update_running(bn.running_mean, bn.running_var, shifted, var, count, momentum)
+        update_running(running_mean, running_var, shifted, var, count, momentum)
     # bias - bias: its gradient is zero, and there, for whoever waits for one (DDP)
     return mean if bias is None else mean + (bias - bias), var
 

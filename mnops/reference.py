@@ -12,7 +12,7 @@ A *pending* norm (mean, var, gamma, beta, eps, act) belongs to x and is applied 
 mean and var None: z = act(x). gamma None: 1. beta None: 0. Padding pads z with zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -219,6 +219,24 @@ def separable_conv2d(
     y, _, _ = depthwise_conv2d(wide_x, taps, mean, var, gamma, beta, eps, act, stride, padding, dilation)
     y, _, _ = pointwise_conv2d(y, product, mid_mean, mid_var, mid_gamma, mid_beta, mid_eps, mid_act)
     return _store(y, x)
+
+
+def separable_chain(
+    x: Tensor, tensors: Sequence[Tensor], eps: Sequence[float], act: str, geometry: Sequence[int]
+) -> Tensor:
+    """separable_conv2d block by block: each has 10 of the tensors, 2 eps and 8 ints, as there in order."""
+    for args in of_each_block(tensors, eps, act, geometry):
+        x = separable_conv2d(x, *args)
+    return x
+
+
+def of_each_block(tensors: Sequence, eps: Sequence[float], act: str, geometry: Sequence[int]) -> Iterator[tuple]:
+    """The arguments of separable_chain as those of separable_conv2d, x apart."""
+    for i in range(len(eps) // 2):
+        taps, weight, *norms = tensors[10 * i : 10 * i + 10]
+        pending, mid = (*norms[:4], eps[2 * i], act), (*norms[4:], eps[2 * i + 1], act)
+        g = list(geometry[8 * i : 8 * i + 8])
+        yield taps, weight, *pending, *mid, g[:2], g[2:6], g[6:]
 
 
 def norm_act(

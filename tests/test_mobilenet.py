@@ -391,3 +391,41 @@ def test_batch_statistics_are_of_the_whole_batch(monkeypatch):
     monkeypatch.setattr(mobilenet, "PART_BYTES", 1)
     with torch.no_grad():
         assert model._parts(torch.randn(5, 3, 64, 64)) == 1
+
+
+def hook(model):
+    model.blocks[1][0].register_forward_pre_hook(lambda module, args: None)
+
+
+def half(model):
+    model.blocks[2][0].bn2.train()
+
+
+def without_gamma(model):
+    model.blocks[1][0].bn1.weight = None
+
+
+def unfused(model):
+    model.blocks[3][1].fused = False
+
+
+def other_act(model):
+    model.blocks[2][1].act = "silu"
+
+
+@pytest.mark.parametrize("change", [None, hook, half, without_gamma, unfused, other_act])
+def test_inference_is_one_call_where_every_block_allows_it(change, monkeypatch):
+    model = mnops.MobileNet(10, 0.25).eval()
+    for bn in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(bn.running_mean, 0, 0.1)
+        torch.nn.init.uniform_(bn.running_var, 0.5, 2)
+    if change:
+        change(model)
+    x, calls = torch.randn(2, 3, 40, 40), []
+    chained = mnops.nn.run_separable
+    monkeypatch.setattr(mnops.nn, "run_separable", lambda *args: calls.append(len(args[1])) or chained(*args))
+    with torch.no_grad():
+        found = model(x)
+        monkeypatch.setattr(mnops.nn, "separable_chain", lambda module, x: None)
+        torch.testing.assert_close(found, model(x), rtol=1e-6, atol=1e-6)
+    assert sum(calls) == 13 if change is None else sum(calls) < 13

@@ -6,7 +6,7 @@ namespace mnops {
 
 inline DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
                                       const Ints& dilation) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1,
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(2) == weight.size(3),
                   "depthwise_conv2d: weight must be (C, 1, K, K) with x (N, C, H, W)");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
                   "depthwise_conv2d: stride and dilation have 2 elements, padding has 4");

@@ -10,11 +10,12 @@ MeasuredResult forward(const Tensor& x, const Tensor& weight, const MaybeTensor&
                        const MaybeTensor& gamma, const MaybeTensor& beta, double eps, std::string act, Ints stride,
                        Ints padding, Ints dilation, bool measure) {
   const DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
+  check_weight(weight, x);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> MeasuredResult {
     using T = decltype(zero);
     const Tensor xl = channels_last(x);
     const Array<T> w(weight, weight.numel(), "weight");
-    const PendingArrays<T> pending({mean, var, gamma, beta, eps, act}, s.c);
+    const PendingArrays<T> pending({mean, var, gamma, beta, eps, act}, x);
     const Measured<T> out(x, {s.n, s.c, s.ho, s.wo}, measure);
     if (out.y.numel())
       depthwise_conv2d<T>(kernels, torch_threads(), s, xl.const_data_ptr(), w.data, pending.pending, out.y.mutable_data_ptr(),
@@ -28,12 +29,13 @@ ConvGradResult backward(const Tensor& g, const MaybeTensor& g_mean, const MaybeT
                         const MaybeTensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                         std::string act, Ints stride, Ints padding, Ints dilation, bool need_input, bool need_weight) {
   const DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
+  check_weight(weight, x);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> ConvGradResult {
     using T = decltype(zero);
     const Tensor xl = channels_last(x);
     const Array<T> w(weight, weight.numel(), "weight");
     const PendingTensors norm{mean, var, gamma, beta, eps, act};
-    const PendingArrays<T> pending(norm, s.c);
+    const PendingArrays<T> pending(norm, x);
     const OutputArrays<T> out({g, g_mean, g_var, y, mean_y}, s.c);
     STD_TORCH_CHECK(out.y.size(0) == s.n && out.y.size(1) == s.c && out.y.size(2) == s.ho && out.y.size(3) == s.wo,
                     "depthwise_conv2d_backward: y must have the shape that x and weight give");

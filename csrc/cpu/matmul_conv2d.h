@@ -22,11 +22,12 @@ struct MatmulShape {
 
 inline MeasuredResult matmul_forward(const MatmulShape& s, const Tensor& x, const Tensor& weight, const PendingTensors& norm,
                                      bool measure) {
+  check_weight(weight, x);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> MeasuredResult {
     using T = decltype(zero);
     const Tensor xl = channels_last(x);
     const Array<T> w = weight_matrix<T>(weight);
-    const PendingArrays<T> pending(norm, x.size(1));
+    const PendingArrays<T> pending(norm, x);
     const Measured<T> out(x, s.y_size, measure);
     void* const y = out.y.mutable_data_ptr();
     if (out.y.numel() && s.window)
@@ -41,11 +42,12 @@ inline MeasuredResult matmul_forward(const MatmulShape& s, const Tensor& x, cons
 
 inline ConvGradResult matmul_backward(const MatmulShape& s, const OutputTensors& output, const Tensor& x, const Tensor& weight,
                                       const PendingTensors& norm, bool need_input, bool need_weight) {
+  check_weight(weight, x);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> ConvGradResult {
     using T = decltype(zero);
     const Tensor xl = channels_last(x);
     const Array<T> w = weight_matrix<T>(weight);
-    const PendingArrays<T> pending(norm, x.size(1));
+    const PendingArrays<T> pending(norm, x);
     const OutputArrays<T> out(output, s.o);
     for (int d = 0; d < 4; d++)
       STD_TORCH_CHECK(out.y.size(d) == s.y_size[d], "mnops: y must have the shape that x and weight give");

@@ -15,7 +15,7 @@ Tensor run(bool pool, const Tensor& x, const PendingTensors& norm, const MaybeTe
     STD_TORCH_CHECK(!pool || hw > 0, "norm_act_pool: the average of an empty map is not defined");
     const Tensor xl = channels_last(x);
     const Tensor rl = residual ? channels_last(*residual) : xl;
-    const PendingArrays<T> pending(norm, c);
+    const PendingArrays<T> pending(norm, x);
     const Tensor z = pool ? empty_like_type(x, {n, c}, x.scalar_type()) : empty_result(x, {n, c, x.size(2), x.size(3)});
     if (z.numel())
       norm_act<T>(kernels, torch_threads(), n, hw, c, pool, xl.const_data_ptr(), pending.pending,
@@ -45,7 +45,7 @@ NormGradResult backward(const Tensor& g, const Tensor& x, const MaybeTensor& mea
     STD_TORCH_CHECK(g.numel() == (pool ? n * c : n * c * hw), "norm_act_backward: g must have the shape of the output");
     const Tensor xl = channels_last(x), gl = pool ? torch::stable::contiguous(g) : channels_last(g);
     const PendingTensors norm{mean, var, gamma, beta, eps, act};
-    const PendingArrays<T> pending(norm, c);
+    const PendingArrays<T> pending(norm, x);
     const Tensor dx = empty_result(x, {n, c, x.size(2), x.size(3)});
     const PendingGradTensors grads = PendingGradTensors::make<T>(x, norm, true);
     norm_act_backward<T>(kernels, torch_threads(), n, hw, c, pool, gl.const_data_ptr(), xl.const_data_ptr(), pending.pending,

@@ -4,7 +4,7 @@ namespace mnops {
 namespace {
 
 Window window_of(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1),
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == weight.size(3),
                   "stem_conv2d: weight must be (O, C, K, K) with x (N, C, H, W)");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4, "stem_conv2d: stride has 2 elements, padding has 4");
   STD_TORCH_CHECK(stride[0] >= 1 && stride[1] >= 1, "stem_conv2d: stride must be at least 1");

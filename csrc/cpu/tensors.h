@@ -40,13 +40,32 @@ template <class T> struct Array {
   }
 };
 
+// x (N, C, H, W) and what is pending on it. The contract of mnops.ops, as strictly: eager calls come here unchecked.
 template <class T> struct PendingArrays {
   Array<T> mean, var, gamma, beta;
   Pending<T> pending;
-  PendingArrays(const PendingTensors& p, int64_t c)
-      : mean(p.mean, c, "mean"), var(p.var, c, "var"), gamma(p.gamma, c, "gamma"), beta(p.beta, c, "beta"),
-        pending{mean.data, var.data, gamma.data, beta.data, p.eps, parse_act(p.act)} {}
+  PendingArrays(const PendingTensors& p, const Tensor& x)
+      : mean(vector(p.mean, x, "mean"), x.size(1), "mean"), var(vector(p.var, x, "var"), x.size(1), "var"), gamma(vector(p.gamma, x, "weight of the norm"), x.size(1), "gamma"),
+        beta(vector(p.beta, x, "bias of the norm"), x.size(1), "beta"),
+        pending{mean.data, var.data, gamma.data, beta.data, p.eps, parse_act(p.act)} {
+    STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "mnops: C, H and W of x must be positive");
+    STD_TORCH_CHECK((p.mean && p.var) || !(p.mean || p.var || p.gamma || p.beta),
+                    "mnops: mean and var must be given together, and with weight or bias of the norm");
+  }
+
+ private:
+  static const MaybeTensor& vector(const MaybeTensor& t, const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(!t || (t->dim() == 1 && t->size(0) == x.size(1) && t->scalar_type() == scalar_type_of<T>()), "mnops: ", name,
+                    " must be (C,) with C = ", x.size(1), " as in x, in the dtype that x is computed in");
+    return t;
+  }
 };
+
+inline void check_weight(const Tensor& weight, const Tensor& x) {
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() ||
+                      (weight.scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Double),
+                  "mnops: weight must have the dtype of x, or float32 with half x");
+}
 
 // Gradients of those vectors: empty where the vector was not given.
 struct PendingGradTensors {

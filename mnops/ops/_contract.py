@@ -54,9 +54,9 @@ def norm_args(x: Tensor, mean, var, gamma, beta, eps: float, act: str) -> tuple:
     """The same six, vectors of half modules widened."""
     if mean is not None or var is not None or gamma is not None or beta is not None:
         dtype = wide(x)
-        mean, var, gamma, beta = (
-            v if v is None or v.dtype == dtype else v.to(dtype) for v in (mean, var, gamma, beta)
-        )
+        mean, var, gamma, beta = [
+            v if v is None or v.dtype is dtype else v.to(dtype) for v in (mean, var, gamma, beta)
+        ]
     return mean, var, gamma, beta, eps, act
 
 

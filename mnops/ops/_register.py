@@ -54,20 +54,35 @@ def _below_autograd(op: Any, args: tuple) -> Any:
         return op(*args)
 
 
-def run(name: str, args: tuple) -> Any:
-    """The op on the backend that serves it; args are the schema's, x first.
+def run(name: str, args: tuple, check: Callable) -> Any:
+    """The op on the backend that serves it; args are the schema's, x first, check(*args) their contract.
 
     The compiler sees the plain op. Eager calls go round its registered formula, whose generic wrapper reads
     the schema anew at every call (0.1 ms): through an autograd.Function of the same formula, or through none
     where no gradient can be asked for. Forward-mode AD and torch.func's jvp and grad get the reference:
     stock operations have all the rules. So does what is recorded to be run elsewhere.
+
+    The native kernels refuse whatever breaks the contract before they write anything, so check only words the
+    error there (it takes as long as they do on a small image).
     """
+    device = args[0].device.type
     if backends.wants_stock(args[0]):
+        check(*args)
         return getattr(reference, name)(*args)
-    op, function = _ops[backends.choose(name, args[0].device.type), name]
+    namespace = backends.choose(name, device)
+    op, function = _ops[namespace, name]
     if torch.compiler.is_compiling():
+        check(*args)
         return op(*args)
-    return function.apply(*args) if needs_grad(args) else _below_autograd(op, args)
+    strict = namespace == "mnops" and device == "cpu"
+    if not strict:
+        check(*args)
+    try:
+        return function.apply(*args) if needs_grad(args) else _below_autograd(op, args)
+    except RuntimeError:
+        if strict:
+            check(*args)
+        raise
 
 
 def _run_backward(op: Any, args: tuple) -> Any:
@@ -228,5 +243,7 @@ def _function(op: Any, setup_context: Callable, formula: Callable) -> type[torch
 
         backward = staticmethod(formula)
 
+    # Function.apply itself, without what torch.func needs of it: `run` gives that the reference.
+    Function.apply = super(torch.autograd.Function, Function).apply
     Function.__name__ = Function.__qualname__ = f"{op.name()}".replace("::", "_")  # grad_fn's name
     return Function

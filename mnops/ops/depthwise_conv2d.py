@@ -52,8 +52,7 @@ def depthwise_conv2d(
     stride, dilation = c.pair(NAME, "stride", stride), c.pair(NAME, "dilation", dilation)
     padding = c.four_sides(NAME, padding, x, weight, stride, dilation)
     args = (x, weight, *pending, stride, padding, dilation, measure)
-    check(*args)
-    return r.run(NAME, args)
+    return r.run(NAME, args, check)
 
 
 def check(

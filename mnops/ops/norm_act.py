@@ -32,8 +32,7 @@ def norm_act(x: Tensor | c.Pending, residual: Tensor | None = None) -> Tensor:
     args = c.pending_args(x, cast=False)
     if residual is not None:
         args = (*args, residual)
-    check(*args)
-    return r.run(NAME, args)
+    return r.run(NAME, args, check)
 
 
 def check(x, mean, var, gamma, beta, eps, act, residual=None) -> None:

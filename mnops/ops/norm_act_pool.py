@@ -23,8 +23,7 @@ def norm_act_pool(x: Tensor | c.Pending) -> Tensor:
         ValueError, TypeError: with the rule and the value received.
     """
     args = c.pending_args(x, cast=False)
-    check(*args)
-    return r.run(NAME, args)
+    return r.run(NAME, args, check)
 
 
 def check(x, mean, var, gamma, beta, eps, act) -> None:

@@ -39,8 +39,7 @@ def stem_conv2d(
     stride = c.pair(NAME, "stride", stride)
     padding = c.four_sides(NAME, padding, x, weight, stride, [1, 1])
     args = (x, weight, *pending, stride, padding, measure)
-    check(*args)
-    return r.run(NAME, args)
+    return r.run(NAME, args, check)
 
 
 def check(x, weight, mean, var, gamma, beta, eps, act, stride, padding, measure) -> tuple[int, ...]:
