@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mnops
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 BUILD = ROOT / "build" / "cuda-emulation"
@@ -60,21 +62,30 @@ TUNED = (
 )
 
 
+def usage(file: Path, arch: str) -> str:
+    """What cuobjdump, which Triton brings, says of the kernels in it that are for that architecture."""
+    knobs = pytest.importorskip("triton.knobs", reason="cuobjdump comes with the package triton")
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--gpu-architecture", arch, file]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 @pytest.mark.parametrize(("source", "arch"), TUNED)
 def test_tuned_kernels_stay_in_registers(source, arch, tmp_path):
-    """ptxas reports no spill and no array in local memory, for any of them."""
+    """No spill and no array in local memory, for any of them: in the built library, else compiled for this."""
     if shutil.which("nvcc") is None or not (ROOT / "csrc" / "cuda").is_dir():
         pytest.skip("needs nvcc and the sources")
-    include = Path(torch.__file__).parent / "include"
-    command = [
-        "nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", ROOT / "csrc", "-isystem", include,
-        "-isystem", include / "torch" / "csrc" / "api" / "include", ROOT / "csrc" / "cuda" / f"{source}.cu",
-        "-o", tmp_path / "cubin",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-10000:]
-    entry = r"Compiling entry function '(\w+)'.*\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores"
-    kernels = re.findall(entry, result.stderr)
-    assert len(kernels) == result.stderr.count("Compiling entry function") > 10, result.stderr[-3000:]
+    kernel = rf"Function (\w*_{source}_cu_\w+):\n\s*REG:\d+ STACK:(\d+) .*LOCAL:(\d+)"
+    kernels = re.findall(kernel, usage(Path(mnops.__file__).parent / "libmnops_cuda.so", arch))
+    if not kernels:
+        cubin, include = tmp_path / "cubin", Path(torch.__file__).parent / "include"
+        command = [
+            "nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-DUSE_CUDA",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", ROOT / "csrc", "-isystem", include,
+            "-isystem", include / "torch" / "csrc" / "api" / "include", ROOT / "csrc" / "cuda" / f"{source}.cu",
+            "-o", cubin,
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-10000:]
+        kernels = re.findall(kernel, usage(cubin, arch))
+    assert len(kernels) > 10, kernels
     assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]
