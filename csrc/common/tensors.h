@@ -1,10 +1,12 @@
 // Tensors as every native backend sees them: layouts, results, the arguments of the schemas. What the stable ABI lacks
 // (is_contiguous of a memory format) is made up for here.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -38,11 +40,33 @@ inline Tensor channels_last(const Tensor& t) {
 inline bool wants_nchw(const Tensor& x) { return x.is_contiguous() && !is_channels_last(x); }
 inline Tensor in_layout_of(const Tensor& x, const Tensor& y) { return wants_nchw(x) ? torch::stable::contiguous(y) : y; }
 
-inline Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& size) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+// Not torch::stable::empty, which looks the operator up by its name at every call (1 us).
+inline Tensor empty_strided(const Tensor& like, const Ints& size, const Ints& strides, int32_t dtype) {
+  int32_t device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype, device, index, &result));
+  return Tensor(result);
 }
-inline Tensor empty_like_type(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
-  return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, std::nullopt);
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+inline Tensor empty_channels_last(const Tensor& like, const Ints& size) {
+  const int64_t c = size[1], h = size[2], w = size[3];
+  return empty_strided(like, size, {h * w * c, 1, w * c, c}, dtype_of(like));
+}
+// type: float32, float64 or that of `like`.
+inline Tensor empty_like_type(const Tensor& like, const Ints& size, ScalarType type) {
+  Ints strides(size.size(), 1);
+  for (size_t d = size.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(size[d], 1);
+  const int32_t dtype = type == ScalarType::Float    ? aoti_torch_dtype_float32()
+                        : type == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                     : dtype_of(like);
+  return empty_strided(like, size, strides, dtype);
 }
 
 // The arguments (mean, var, gamma, beta, eps, act) of a schema.

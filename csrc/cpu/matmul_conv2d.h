@@ -53,9 +53,9 @@ inline ConvGradResult matmul_backward(const MatmulShape& s, const OutputTensors&
       STD_TORCH_CHECK(out.y.size(d) == s.y_size[d], "mnops: y must have the shape that x and weight give");
     const Tensor dx = need_input ? empty_result(x, {x.size(0), x.size(1), x.size(2), x.size(3)})
                                  : empty_like_type(x, {0}, x.scalar_type());
-    const int64_t taps = weight.size(2) * weight.size(3);
-    Tensor dw = need_weight ? empty_like_type(x, {s.o, taps, weight.size(1)}, scalar_type_of<T>())
-                            : empty_like_type(x, {0}, weight.scalar_type());
+    const int64_t c = weight.size(1), taps = weight.size(2) * weight.size(3);
+    Tensor dw = !need_weight ? empty_like_type(x, {0}, weight.scalar_type())
+                             : empty_like_type(x, taps > 1 ? Ints{s.o, taps, c} : Ints{s.o, c, 1, 1}, scalar_type_of<T>());
     const PendingGradTensors grads = PendingGradTensors::make<T>(x, norm, need_input);
     void* const dx_data = need_input ? dx.mutable_data_ptr() : nullptr;
     T* const dw_data = need_weight ? static_cast<T*>(dw.mutable_data_ptr()) : nullptr;
@@ -65,9 +65,9 @@ inline ConvGradResult matmul_backward(const MatmulShape& s, const OutputTensors&
     else
       pointwise_conv2d_backward<T>(kernels, torch_threads(), s.m, s.k, s.o, out.output, xl.const_data_ptr(), w.data,
                                    pending.pending, dx_data, dw_data, grads.pointers<T>());
-    if (need_weight)
+    if (need_weight && taps > 1)
       dw = torch::stable::reshape(torch::stable::contiguous(torch::stable::transpose(dw, 1, 2)),
-                                  {s.o, weight.size(1), weight.size(2), weight.size(3)});
+                                  {s.o, c, weight.size(2), weight.size(3)});
     return {need_input ? in_layout_of(x, dx) : dx, in_dtype_of(weight, dw), grads.mean, grads.var, grads.gamma, grads.beta};
   });
 }

@@ -111,12 +111,10 @@ Tensor empty_result(const Tensor& like, const std::vector<int64_t>& size) {
   const size_t bytes = size_t(n * c * h * w) * like.element_size();
   if (!from_blob || !keep || bytes < smallest) return empty_channels_last(like, size);
   const int64_t strides[4] = {h * w * c, 1, w * c, c};
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   char* const block = pool().take(bytes);
   AtenTensorHandle result = nullptr;
   const auto give = [](void* data, void* bytes) { pool().give(static_cast<char*>(data), reinterpret_cast<size_t>(bytes)); };
-  TORCH_ERROR_CODE_CHECK(from_blob(block, 4, size.data(), strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &result,
+  TORCH_ERROR_CODE_CHECK(from_blob(block, 4, size.data(), strides, 0, dtype_of(like), aoti_torch_device_type_cpu(), -1, &result,
                               aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes)));
   return Tensor(result);
 }
