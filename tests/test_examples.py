@@ -13,6 +13,7 @@ from torch import nn
 
 import mnops
 from mnops.examples import common, face_attributes, face_embeddings, fine_grained, geolocation
+from mnops.examples.page import Page, _axis
 from mnops.train import TrainError, checkpoint
 from mnops.train.data import Images, Transform
 from mnops.train.distill import embedding_loss
@@ -188,6 +189,21 @@ def test_partition_drops_sparse_cells_and_stands_for_the_photos_inside():
     assert len(coarse) == 1 and geolocation.kilometres(coarse.places, points[:1])[0] < 1e-6
 
 
+def test_the_map_outlines_the_cells():
+    pytest.importorskip("s2cell")
+    partition = geolocation.Partition.of(random_places(800), 40, 1)
+    for index, cell in enumerate(partition.cells.tolist()):
+        around = geolocation.outline(cell)
+        around = around[np.abs(around[:, 0]) < 90]  # along a pole it goes back all the way
+        assert np.abs(np.diff(around[:, 1])).max() <= 180  # no jump at the date line
+        around[:, 1] = (around[:, 1] + 180) % 360 - 180
+        assert (partition.find(around) == index).all()  # the edge is inside, its width of 1 cm apart
+        middle = geolocation.on_sphere(around).mean(0)
+        assert middle @ geolocation.on_sphere(around)[0] > 0
+    north = geolocation.outline((2 * 2 + 1) << 60)  # a face of the cube, the pole in its middle
+    assert np.ptp(north[:, 1]) == pytest.approx(360) and north[:, 0].max() == 90 and north[:, 0].min() > 35
+
+
 @pytest.mark.parametrize(("a", "b", "km"), [
     ((48.8566, 2.3522), (51.5074, -0.1278), 343.6),  # Paris to London
     ((0, 0), (0, 180), math.pi * geolocation.EARTH), ((90, 12), (90, -77), 0.0),
@@ -304,7 +320,9 @@ def test_a_student_learns_embeddings_from_its_teacher(faces, tmp_path, capsys, s
     rate = face_embeddings.verification(distances, same, 0.1).rate
     assert rate == pytest.approx(float(said[2]) / 100, abs=1e-4)
     assert distances.min() >= 0 and distances.max() <= 4  # of embeddings of length 1
-    assert "<polyline" in (out / "index.html").read_text()
+    ends = face_embeddings.curve(distances, same)
+    assert ends[0] == (0, 0) and ends[-1] == (1, 1) and sorted(ends) == ends
+    assert (out / "index.html").read_text().count("<polyline") == 4  # rates and losses of two networks
     other = "--dim", 9, "--evaluate", out / "model.pt"
     error = refused(face_embeddings, faces, tmp_path / "other", capsys, *other)
     assert "was made with dim = 8, got dim = 9" in error
@@ -400,14 +418,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_page_escapes_what_it_shows(tmp_path):
-    page = common.Page("<a>")
+    page = Page("<a>")
     page.text("1 < 2")
     page.table(["<b>"], [["&", 0.123456]])
-    page.picture(np.zeros((4, 4, 3), np.uint8), '"<i>')
+    page.picture('"<i>', np.zeros((4, 4, 3), np.uint8))
+    page.chart({"<p>": [(0, 0), (3, 7)]}, "<u>", "<s>")
     page.write(tmp_path / "index.html")
     text = (tmp_path / "index.html").read_text()
-    shown = "&lt;a&gt;", "1 &lt; 2", "&lt;b&gt;", "&amp;", "0.1235", "&lt;i&gt;"
+    shown = "&lt;a&gt;", "1 &lt; 2", "&lt;b&gt;", "&amp;", "0.1235", "&lt;i&gt;", "&lt;p&gt;", "&lt;u&gt;", "&lt;s&gt;"
     assert [part for part in shown if part not in text] == []
+
+
+def test_a_chart_has_round_ticks_and_every_step(tmp_path):
+    assert _axis(1.0)[1] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert _axis(0.013)[1] == pytest.approx([0, 0.005, 0.01])
+    for most in np.geomspace(1e-6, 1e9, 97):
+        end, ticks = _axis(most)
+        assert end == most and 2 <= len(ticks) - 1 <= 5 and ticks[-1] <= most * (1 + 1e-6)
+    common.write_csv(tmp_path / "model.csv", ["step", "lr", "loss"], ((k, 0, 1 / k) for k in range(1, 1001)))
+    page = Page("long")
+    page.losses(tmp_path, "teacher", "model", most=50)
+    points = re.search(r'points="([^"]+)', page.parts[-1])[1].split()
+    assert len(points) == 50 and ">model<" in page.parts[-1] and ">teacher<" not in page.parts[-1]
+    heights = [float(point.split(",")[1]) for point in points]
+    assert sorted(heights) == heights  # downwards, as the loss
+    parts = len(page.parts)
+    page.losses(tmp_path, "noisy")
+    assert len(page.parts) == parts
 
 
 def test_weights_are_for_the_network_that_is_made_first(tmp_path):
@@ -424,8 +461,8 @@ def test_weights_are_for_the_network_that_is_made_first(tmp_path):
 
     def run(*more):
         made.clear()
-        options = ["--data", ".", "--weights", "w.pt", "--width", "0.5", "--epochs", "1", "--batch-size", "2", "--workers", "0"]
-        s = command.parser.parse_args([*options, "--out", str(tmp_path), *more])
+        options = "--data . --weights w.pt --width 0.5 --epochs 1 --batch-size 2 --workers 0"
+        s = command.parser.parse_args([*options.split(), "--out", str(tmp_path), *more])
         s.__dict__ = command.defaults | s.__dict__
         learn = lambda model, own: checkpoint.save(tmp_path / "t.pt", {"model": model.state_dict()})  # noqa: E731
         common.distilled(s, build, learn, embedding_loss, data, torch.device("cpu"))

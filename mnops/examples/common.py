@@ -1,9 +1,7 @@
-"""What the examples share: options, errors, training, distillation, predictions, a page to look at."""
+"""What the examples share: options, errors, training, distillation, predictions."""
 
 import argparse
-import base64
 import csv
-import html
 import importlib.util
 import io
 import math
@@ -14,16 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mnops.train import TrainError, checkpoint
 from mnops.train.cli import DEFAULTS, MODEL, build_model, ema_weights, number
-from mnops.train.data import Images, StepSampler, Transform, batches, collate, decode, test_keys
+from mnops.train.data import Images, StepSampler, Transform, batches, collate, test_keys
 from mnops.train.distill import Distillation
 from mnops.train.distributed import world
 from mnops.train.log import Csv
@@ -316,60 +312,3 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> N
     csv.writer(text).writerows([columns, *rows])
     checkpoint.make_folder(path.parent)
     checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-class Page:
-    """An index.html in one file: paragraphs, tables, pictures and drawings."""
-
-    def __init__(self, title: str) -> None:
-        self.parts = [
-            '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-            f"<title>{html.escape(title)}</title>"
-            "<style>body{font:15px sans-serif;margin:2em;max-width:70em}"
-            "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
-            "figure{display:inline-block;margin:.4em;vertical-align:top;max-width:20em}"
-            "figure img{max-width:20em}figcaption{font-size:13px}svg{max-width:100%}</style>",
-            f"<h1>{html.escape(title)}</h1>",
-        ]
-
-    def text(self, text: str) -> None:
-        self.parts.append(f"<p>{html.escape(text)}</p>")
-
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
-        lines = [f"<tr>{''.join(f'<th>{html.escape(str(c))}</th>' for c in columns)}</tr>"]
-        lines += [f"<tr>{''.join(f'<td>{html.escape(_shown(v))}</td>' for v in row)}</tr>" for row in rows]
-        self.parts.append(f"<table>{''.join(lines)}</table>")
-
-    def picture(self, image: Image.Image | np.ndarray | Path, caption: str, side: int = 256) -> None:
-        """The image, made smaller where a side is longer than `side` pixels."""
-        if isinstance(image, Path):
-            image = decode(image)
-        elif isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        image = image.convert("RGB")
-        image.thumbnail((side, side))
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=90)
-        source = base64.b64encode(data.getvalue()).decode()
-        self.parts.append(
-            f'<figure><img alt="" src="data:image/jpeg;base64,{source}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
-
-    def drawing(self, width: float, height: float, shapes: Iterable[str]) -> None:
-        """An SVG of elements, whose text the caller has escaped."""
-        self.parts.append(
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
-            f'width="{width:g}">{"".join(shapes)}</svg>'
-        )
-
-    def write(self, path: Path, said: str = "") -> None:
-        """Writes it; prints what is `said`, and where it is."""
-        checkpoint.make_folder(path.parent)
-        checkpoint.write_atomically(path, lambda file: file.write("\n".join(self.parts).encode()))
-        if said:
-            print(f"{said}; {path}", flush=True)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

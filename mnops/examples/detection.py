@@ -28,6 +28,7 @@ from mnops.train.cli import ema_weights, number
 from mnops.train.data import check, decode
 
 from . import common
+from .page import Page
 
 # In COCOeval's order.
 METRICS = "mAP", "mAP at IoU 0.5", "mAP at IoU 0.75", "mAP, small", "mAP, medium", "mAP, large"
@@ -236,9 +237,10 @@ def drawn(image: Image.Image, result: dict[str, Tensor], names: list[str], least
         if score >= least:
             name, colour = names[label - 1], f"hsl({label * 137 % 360},100%,40%)"
             draw.rectangle(box, outline=colour, width=max(1, round(min(image.size) / 150)))
-            place = draw.textbbox(box[:2], text := f"{name} {score:.2f}")
-            draw.rectangle(place, fill=colour)
-            draw.text(box[:2], text, fill="white")
+            text = f"{name} {score:.2f}"
+            corner = box[0], max(0, box[1] - draw.textbbox((0, 0), text)[3])  # above the box where there is room
+            draw.rectangle(draw.textbbox(corner, text), fill=colour)
+            draw.text(corner, text, fill="white")
     return image
 
 
@@ -280,7 +282,7 @@ def report(found: list[dict[str, Tensor]], test: Coco, s: Namespace, out: Path) 
     metrics, rows = coco_map(test, found)
     common.write_csv(out / "metrics.csv", ["metric", "value"], metrics.items())
     checkpoint.write_atomically(out / "results.json", lambda file: file.write(json.dumps(rows).encode()))
-    page = common.Page("Object detection")
+    page = Page("Object detection")
     page.text(
         f"{len(test.images)} test images, {len(test.categories)} categories. arXiv:1704.04861 has mAP 0.193 "
         "for SSD 300, 0.164 and 0.198 for Faster-RCNN at 300 and 600, on COCO."
@@ -291,7 +293,8 @@ def report(found: list[dict[str, Tensor]], test: Coco, s: Namespace, out: Path) 
     for image, result in list(zip(test.images, found))[: s.pictures]:
         picture = drawn(decode(image["path"]), result, names, s.show)
         picture.save(pictures / f"{Path(image['file_name']).stem}.png")
-        page.picture(picture, image["file_name"], 320)
+        page.picture(image["file_name"], picture, side=320)
+    page.losses(out, "model")
     said = f"mAP {metrics['mAP']:.4f}, at IoU 0.5 {metrics['mAP at IoU 0.5']:.4f}"
     page.write(out / "index.html")
     print(f"{said}, on {len(test.images)} images; {out / 'index.html'} and {pictures}", flush=True)

@@ -20,6 +20,7 @@ from mnops.train.data import Images, Transform, check
 from mnops.train.distill import attribute_loss
 
 from . import common
+from .page import Page
 
 TRAIN, TEST = 0, 2  # of list_eval_partition.txt; 1 is validation
 
@@ -124,15 +125,16 @@ def report(found: dict[str, np.ndarray], test: Images, names: list[str], out: Pa
     ]
     common.write_csv(out / "attributes.csv", columns, rows)
     said = ", ".join(f"{model} {100 * mean:.2f} %" for model, mean in means.items())
-    page = common.Page("Face attributes")
+    page = Page("Face attributes")
     page.text(
         f"Mean average precision of {len(names)} attributes on {len(test)} images: {said}. "
         "An attribute that all or none of them has counts for nothing."
     )
     for path, scores, truth in list(zip(test.images, found["student"], test.labels))[:12]:
         top = np.argsort(-scores)[:5]
-        page.picture(path, ", ".join(f"{names[i]} {scores[i]:.2f}{'' if truth[i] else ' (no)'}" for i in top))
+        page.picture(", ".join(f"{names[i]} {scores[i]:.2f}{'' if truth[i] else ' (no)'}" for i in top), path)
     page.table(columns, rows)
+    page.losses(out, "teacher", "model")
     page.write(out / "index.html", f"mean AP: {said}")
 
 

@@ -27,6 +27,7 @@ from mnops.train.data import EXTENSIONS, Images, check, class_folders
 from mnops.train.distill import embedding_loss, triplet_loss
 
 from . import common
+from .page import Page
 
 
 class Pairs(NamedTuple):
@@ -187,35 +188,33 @@ def report(distances: dict[str, np.ndarray], pairs: Pairs, far: float, out: Path
         ["first", "second", "same person", *distances],
         ((*end, int(same), *row) for end, same, *row in zip(ends, pairs.same, *distances.values())),
     )
-    others = int((~pairs.same).sum())
-    page = common.Page("Face embeddings")
+    kinds = pairs.same.sum(), (~pairs.same).sum()
+    page = Page("Face embeddings")
     page.text(
-        f"Share of {pairs.same.sum()} pairs of one person that are accepted at {far:g} false accepts in "
-        f"{others} pairs of two people, of which one is {1 / others:.2g}."
+        f"Of {kinds[0]} pairs of one person, the share that is accepted where {100 * far:g} % of {kinds[1]} pairs "
+        "of two people may be. arXiv:1704.04861 has 79.4 % for MobileNet-1.0-160 at 0.01 %, on a set of its own."
     )
     page.table(
-        ["network", "verification rate", "squared distance", "false accepts"],
-        [(name, *result) for name, result in results.items()],
+        ["network", "accepted of one person, %", "of two people, %", "squared distance up to which"],
+        [(name, 100 * r.rate, 100 * r.false_accepts, r.threshold) for name, r in results.items()],
     )
-    page.text("Verification rate (upwards) against false accepts, both 0 to 1; the last network is black:")
-    page.drawing(300, 300, _curves(distances, pairs.same))
+    page.chart({name: curve(d, pairs.same) for name, d in distances.items()},
+               "share of pairs of two people that are accepted", "and of pairs of one person")  # fmt: skip
     found, threshold = distances["student"], results["student"].threshold
     wrong = (found <= threshold) != pairs.same
-    page.text(f"The student's mistakes, {wrong.sum()} of {len(wrong)} pairs; up to six:")
-    for k in np.flatnonzero(wrong)[:6]:
-        for image in ends[k]:
-            page.picture(image, f"{image.parent.name}: squared distance {found[k]:.3f}", 128)
+    page.text(f"The student's mistakes, {wrong.sum()} of {len(wrong)} pairs; up to twelve:")
+    for k in np.flatnonzero(wrong)[:12]:
+        told = "one person, not accepted" if pairs.same[k] else "two people, accepted"
+        page.picture(f"{told}: squared distance {found[k]:.3f}", *ends[k], side=128)
+    page.losses(out, "teacher", "model")
     said = ", ".join(f"{name} {100 * result.rate:.2f} %" for name, result in results.items())
     page.write(out / "index.html", f"verification rate at {far:g} false accepts: {said}")
 
 
-def _curves(distances: dict[str, np.ndarray], same: np.ndarray) -> Iterator[str]:
-    yield '<rect width="300" height="300" fill="#f4f4f4"/>'
-    for found, colour in zip(distances.values(), ["black"] if len(distances) == 1 else ["#0a7", "black"]):
-        steps = np.quantile(found, np.linspace(0, 1, 200))
-        points = [(300 * (found[~same] <= d).mean(), 300 - 300 * (found[same] <= d).mean()) for d in steps]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(0, 300), *points])
-        yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+def curve(distances: np.ndarray, same: np.ndarray) -> list[tuple[float, float]]:
+    """Shares of pairs of two people and of one that are accepted, at 200 thresholds from none to all."""
+    steps = np.quantile(distances, np.linspace(0, 1, 200))
+    return [(0.0, 0.0), *((float((distances[~same] <= d).mean()), float((distances[same] <= d).mean())) for d in steps)]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from mnops.train.cli import number
 from mnops.train.data import Images, check, class_folders
 
 from . import common
+from .page import Page
 
 
 def stanford_dogs(root: Path, part: str) -> tuple[list[Path], np.ndarray, list[str]]:
@@ -120,19 +121,22 @@ def report(logits: Tensor, test: Images, breeds: list[str], out: Path) -> None:
         ((path, breeds[a], breeds[b], f"{share:.4f}") for path, a, b, share in rows),
     )
     counts = [
-        (name, int((labels == i).sum()), float(right[labels == i].mean()) if (labels == i).any() else 0.0)
+        (name, int((labels == i).sum()), float(100 * right[labels == i].mean()) if (labels == i).any() else 0.0)
         for i, name in enumerate(breeds)
     ]
-    page = common.Page("Fine-grained recognition")
+    page = Page("Fine-grained recognition")
     page.text(
         f"Top-1 {100 * right.mean():.2f} % of {len(labels)} test images of {len(breeds)} breeds. "
         "arXiv:1704.04861 has 83.3 % for MobileNet-1.0-224 on Stanford Dogs."
     )
-    page.text("The most certain mistakes, then some that are right:")
     order = np.argsort(-shares, kind="stable")
-    for i in [*order[~right[order]][:12], *order[right[order]][:12]]:
-        page.picture(test.images[i], f"{breeds[labels[i]]}: taken for {breeds[found[i]]}, {shares[i]:.2f}")
-    page.table(["breed", "test images", "top-1"], sorted(counts, key=lambda row: row[2]))
+    for title, some in [("The most certain mistakes:", ~right), ("Some that are right:", right)]:
+        page.text(title if some.any() else f"{title} none")
+        for i in order[some[order]][:12]:
+            taken = "" if right[i] else f", taken for {breeds[found[i]]}"
+            page.picture(f"{breeds[labels[i]]}{taken}: {shares[i]:.2f}", test.images[i])
+    page.table(["breed", "test images", "top-1, %"], sorted(counts, key=lambda row: row[2]))
+    page.losses(out, "noisy", "model")
     page.write(out / "index.html", f"top-1 {100 * right.mean():.2f} % of {len(labels)} images")
 
 

@@ -25,6 +25,7 @@ from mnops.train.cli import number
 from mnops.train.data import Images, check
 
 from . import common
+from .page import Page
 
 EARTH = 6371.0088  # km, the mean radius
 WITHIN = {"street": 1, "city": 25, "region": 200, "country": 750, "continent": 2500}  # km, im2gps' words
@@ -186,35 +187,71 @@ def report(
     lines = ((path, *a, f"{b[0]:.5f}", f"{b[1]:.5f}", f"{d:.3f}") for path, a, b, d in lines)
     common.write_csv(out / "places.csv", columns, lines)
     rows = [(name, km, float(100 * (far <= km).mean())) for name, km in WITHIN.items()]
-    page = common.Page("Geolocation")
+    page = Page("Geolocation")
     page.text(
-        f"{len(far)} test photos, {len(partition)} cells; half of them are within {np.median(far):.4g} km."
+        f"{len(far)} test photos, {len(partition)} cells; half of them are within {_km(np.median(far))}."
     )
     page.table(["", "within km", "% of photos"], rows)
     page.text("Cells (blue), photos (green) and where they were placed (red):")
-    page.drawing(720, 360, _map(partition.places, truth, found))
+    page.drawing(1080, 540, _map(partition.cells, truth, found))
     page.text("The nearest and the farthest:")
     order = np.argsort(far, kind="stable")
     for i in dict.fromkeys([*order[:8], *order[-8:]]):
-        page.picture(images[i], f"{truth[i, 0]:.2f}, {truth[i, 1]:.2f}: {far[i]:.4g} km off")
+        page.picture(f"{truth[i, 0]:.2f}, {truth[i, 1]:.2f}: {_km(far[i])} off", images[i])
+    page.losses(out, "model")
     said = ", ".join(f"{km} km {share:.1f} %" for _, km, share in rows)
     page.write(out / "index.html", f"within {said}")
 
 
+def _km(distance: float) -> str:
+    return f"{distance:,.0f} km" if distance >= 100 else f"{distance:.3g} km"
+
+
+def outline(cell: int) -> np.ndarray:
+    """Places (N, 2) in degrees around an S2 cell; longitudes go on past 180 where it lies across."""
+    import s2cell
+
+    level = s2cell.cell_id_to_level(cell)
+    face, *low = s2cell.s2_cell_id_to_face_ij(cell)
+    side = 1 << LEAVES - level  # in cells of the finest level
+    i, j = (k & -side for k in low)
+    steps = max(1, 16 >> level)  # large cells have curved edges
+    along = [k * (side - 1) // steps for k in range(steps)]
+    last = side - 1
+    edges = [(a, 0) for a in along] + [(last, a) for a in along]
+    edges += [(last - a, last) for a in along] + [(0, last - a) for a in along]
+    corners = (s2cell.s2_face_ij_to_cell_id(face, i + a, j + b, LEAVES) for a, b in edges)
+    places = np.array([s2cell.cell_id_to_lat_lon(corner) for corner in corners])
+    places[:, 1] = np.unwrap(places[:, 1], period=360)
+    first, end = places[0], places[-1]
+    if abs(end[1] - first[1]) > 180:  # around a pole: over the map's edge
+        pole = np.copysign(90, first[0])
+        places = np.concatenate([places, [[first[0], first[1] + np.copysign(360, end[1] - first[1])]]])
+        places = np.concatenate([places, [[pole, places[-1, 1]], [pole, first[1]]]])
+    return places
+
+
 def _map(cells: np.ndarray, truth: np.ndarray, found: np.ndarray, limit: int = 2000) -> Iterator[str]:
-    """Plate carree, two pixels a degree; at most `limit` photos."""
+    """Plate carree, three pixels a degree; at most `limit` photos."""
 
-    def at(place):
-        return f"{2 * (place[1] + 180):.1f}", f"{2 * (90 - place[0]):.1f}"
+    def at(place, turn: int = 0) -> str:
+        return f"{3 * (place[1] + 180 + turn):.1f} {3 * (90 - place[0]):.1f}"
 
-    yield '<rect width="720" height="360" fill="#f4f4f4"/>'
-    yield from (f'<path d="M{x} 0V360" stroke="#ddd"/>' for x in range(60, 720, 60))
-    yield from (f'<path d="M0 {y}H720" stroke="#ddd"/>' for y in range(60, 360, 60))
-    for place in cells:
-        x, y = at(place)
-        yield f'<rect x="{x}" y="{y}" width="2" height="2" fill="#57f"/>'
+    yield '<rect width="1080" height="540" fill="#f4f4f4"/>'
+    for lon in range(-150, 180, 30):
+        x = 3 * (lon + 180)
+        yield f'<path d="M{x} 0V540" stroke="#ddd"/><text x="{x + 3}" y="536" fill="#888">{lon}</text>'
+    for lat in range(-60, 90, 30):
+        y = 3 * (90 - lat)
+        yield f'<path d="M0 {y}H1080" stroke="#ddd"/><text x="3" y="{y - 3}" fill="#888">{lat}</text>'
+    for cell in cells.tolist():
+        places = outline(cell)
+        for turn in (-360, 0, 360):
+            if places[:, 1].max() + turn > -180 and places[:, 1].min() + turn < 180:
+                around = "L".join(at(place, turn) for place in places)
+                yield f'<path d="M{around}Z" fill="#57f" fill-opacity=".15" stroke="#57f"/>'
     for a, b in list(zip(truth, found))[:limit]:
-        (x, y), (u, v) = at(a), at(b)
+        (x, y), (u, v) = at(a).split(), at(b).split()
         yield f'<path d="M{x} {y}L{u} {v}" stroke="#aaa" stroke-width=".5"/>'
         yield f'<circle cx="{x}" cy="{y}" r="2" fill="#080"/><circle cx="{u}" cy="{v}" r="2" fill="#c00"/>'
 
