@@ -50,23 +50,25 @@ inline Tensor empty_strided(const Tensor& like, const Ints& size, const Ints& st
       aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype, device, index, &result));
   return Tensor(result);
 }
-inline int32_t dtype_of(const Tensor& t) {
+// The shim's number of a type: float32, float64 or that of `like`.
+inline int32_t dtype_of(const Tensor& like, ScalarType type) {
+  if (type == ScalarType::Float) return aoti_torch_dtype_float32();
+  if (type == ScalarType::Double) return aoti_torch_dtype_float64();
   int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return dtype;
 }
-inline Tensor empty_channels_last(const Tensor& like, const Ints& size) {
+inline Tensor empty_channels_last(const Tensor& like, const Ints& size, ScalarType type) {
   const int64_t c = size[1], h = size[2], w = size[3];
-  return empty_strided(like, size, {h * w * c, 1, w * c, c}, dtype_of(like));
+  return empty_strided(like, size, {h * w * c, 1, w * c, c}, dtype_of(like, type));
 }
-// type: float32, float64 or that of `like`.
+inline Tensor empty_channels_last(const Tensor& like, const Ints& size) {
+  return empty_channels_last(like, size, like.scalar_type());
+}
 inline Tensor empty_like_type(const Tensor& like, const Ints& size, ScalarType type) {
   Ints strides(size.size(), 1);
   for (size_t d = size.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(size[d], 1);
-  const int32_t dtype = type == ScalarType::Float    ? aoti_torch_dtype_float32()
-                        : type == ScalarType::Double ? aoti_torch_dtype_float64()
-                                                     : dtype_of(like);
-  return empty_strided(like, size, strides, dtype);
+  return empty_strided(like, size, strides, dtype_of(like, type));
 }
 
 // The arguments (mean, var, gamma, beta, eps, act) of a schema.

@@ -55,7 +55,8 @@ inline ConvGradResult matmul_backward(const MatmulShape& s, const OutputTensors&
                                  : empty_like_type(x, {0}, x.scalar_type());
     const int64_t c = weight.size(1), taps = weight.size(2) * weight.size(3);
     Tensor dw = !need_weight ? empty_like_type(x, {0}, weight.scalar_type())
-                             : empty_like_type(x, taps > 1 ? Ints{s.o, taps, c} : Ints{s.o, c, 1, 1}, scalar_type_of<T>());
+                : taps > 1   ? empty_like_type(x, {s.o, taps, c}, scalar_type_of<T>())
+                             : empty_result(x, {s.o, c, 1, 1}, scalar_type_of<T>());  // dense in any layout
     const PendingGradTensors grads = PendingGradTensors::make<T>(x, norm, need_input);
     void* const dx_data = need_input ? dx.mutable_data_ptr() : nullptr;
     T* const dw_data = need_weight ? static_cast<T*>(dw.mutable_data_ptr()) : nullptr;

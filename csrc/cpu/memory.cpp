@@ -106,15 +106,16 @@ void empty_cache() { pool().empty(); }
 
 }  // namespace
 
-Tensor empty_result(const Tensor& like, const std::vector<int64_t>& size) {
+Tensor empty_result(const Tensor& like, const Ints& size, ScalarType type) {
   const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
-  const size_t bytes = size_t(n * c * h * w) * like.element_size();
-  if (!from_blob || !keep || bytes < smallest) return empty_channels_last(like, size);
+  const size_t element = type == ScalarType::Float ? 4 : type == ScalarType::Double ? 8 : like.element_size();
+  const size_t bytes = size_t(n * c * h * w) * element;
+  if (!from_blob || !keep || bytes < smallest) return empty_channels_last(like, size, type);
   const int64_t strides[4] = {h * w * c, 1, w * c, c};
   char* const block = pool().take(bytes);
   AtenTensorHandle result = nullptr;
   const auto give = [](void* data, void* bytes) { pool().give(static_cast<char*>(data), reinterpret_cast<size_t>(bytes)); };
-  TORCH_ERROR_CODE_CHECK(from_blob(block, 4, size.data(), strides, 0, dtype_of(like), aoti_torch_device_type_cpu(), -1, &result,
+  TORCH_ERROR_CODE_CHECK(from_blob(block, 4, size.data(), strides, 0, dtype_of(like, type), aoti_torch_device_type_cpu(), -1, &result,
                               aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes)));
   return Tensor(result);
 }

@@ -6,7 +6,8 @@
 
 namespace mnops {
 
-// A dense channels_last tensor in the dtype of `like`, not initialised.
-Tensor empty_result(const Tensor& like, const std::vector<int64_t>& size);
+// A dense channels_last tensor, not initialised; type: float32, float64 or that of `like`.
+Tensor empty_result(const Tensor& like, const Ints& size, ScalarType type);
+inline Tensor empty_result(const Tensor& like, const Ints& size) { return empty_result(like, size, like.scalar_type()); }
 
 }  // namespace mnops

@@ -49,9 +49,10 @@ template <class E> Buffer<E> zeros(size_t count) {
   return b;
 }
 
-// A thread's own scratch memory, kept between calls: kernels ask for the same few hundred KiB again and again. What a
-// caller shares with its threads (`shared`) is another piece.
-template <bool shared = false> char* scratch(size_t bytes) {
+// A thread's scratch memory, kept between calls: kernels ask for the same few hundred KiB again and again. One piece is its
+// own, the others are what it shares with the threads that it has work for it.
+enum class Scratch { own, packed, gradient };
+template <Scratch piece = Scratch::own> char* scratch(size_t bytes) {
   static thread_local Buffer<char> memory;
   static thread_local size_t size = 0;
   if (bytes > size) {

@@ -13,7 +13,7 @@ template <class T> int64_t block_of_pixels(int64_t bytes, int64_t channels, int6
 template <class T>
 const T* pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
   const int64_t panels = ceil_div(by_output ? o : k, kernels.nr);
-  T* const packed = reinterpret_cast<T*>(scratch<true>(panels * (by_output ? k : o) * kernels.nr * sizeof(T)));
+  T* const packed = reinterpret_cast<T*>(scratch<Scratch::packed>(panels * (by_output ? k : o) * kernels.nr * sizeof(T)));
   const int count = threads.worth(o * k);
   threads.run(count, [&](int t) {
     (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, panels * t / count, panels * (t + 1) / count, packed);
@@ -69,16 +69,16 @@ void pointwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
   const int64_t nr = kernels.nr, op = ceil_div(o, nr) * nr, panels = ceil_div(k, nr), size = panels * nr * op;
   const bool by_panel = panels >= count && m < 4 * k;
   const int copies = by_panel ? 1 : count;
-  const Buffer<T> gw = dweight ? uninitialised<T>(copies * size) : Buffer<T>();
+  T* const gw = dweight ? reinterpret_cast<T*>(scratch<Scratch::gradient>(copies * size * sizeof(T))) : nullptr;
   const ThreadNormSums sums(count, k);
   const size_t bytes = kernels.pointwise_backward_scratch(p);
   threads.run(count, [&](int t) {
     const int64_t first = by_panel ? panels * t / count : 0, last = by_panel ? panels * (t + 1) / count : panels;
-    T* own = dweight ? gw.get() + (by_panel ? 0 : t * size) : nullptr;
-    if (own) std::memset(own + first * nr * op, 0, (last - first) * nr * op * sizeof(T));
+    T* const own = dweight ? gw + (by_panel ? 0 : t * size) : nullptr;
     const int64_t rows = ceil_div(m, kernels.mr);
     const int64_t begin = by_panel ? 0 : rows * t / count * kernels.mr;
     const int64_t end = by_panel ? m : std::min(m, rows * (t + 1) / count * kernels.mr);
+    if (own && begin >= end) std::memset(own, 0, size * sizeof(T));  // nothing to sum
     kernels.pointwise_backward(p, begin, end, first, last, own, sums.sums(t), scratch(bytes));
   });
   if (dx) sums.write(count, k, pending, grads);
@@ -87,7 +87,7 @@ void pointwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
   threads.run(sharers, [&](int t) {  // [panel of k][o][nr] of every thread -> (o, k)
     for (int64_t j = panels * t / sharers; j < panels * (t + 1) / sharers; j++)
       for (int64_t i = 0; i < o; i++) {
-        const T* from = gw.get() + (j * op + i) * nr;
+        const T* from = gw + (j * op + i) * nr;
         T* const to = dweight + i * k + j * nr;
         const int64_t lanes = std::min(nr, k - j * nr);
         std::copy_n(from, lanes, to);

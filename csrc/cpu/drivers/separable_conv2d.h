@@ -28,7 +28,7 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
     // Packed whole, the weights would be written and read once more than they are used: each panel is packed where it
     // is needed, and all of z stays in the caches meanwhile.
     q.mc = rows * kernels.mr;
-    T* const z = reinterpret_cast<T*>(scratch<true>((q.mc * padded(s.c)) * sizeof(T)));
+    T* const z = reinterpret_cast<T*>(scratch<Scratch::packed>((q.mc * padded(s.c)) * sizeof(T)));
     const size_t bytes = kernels.separable_scratch(p);
     threads.run(count, [&](int t) { kernels.separable_depthwise(p, pixels(t), pixels(t + 1), z, scratch(bytes)); });
     threads.run(count, [&](int t) {

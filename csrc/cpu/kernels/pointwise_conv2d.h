@@ -86,17 +86,17 @@ void multiply_block(const typename V::T* a, int64_t mc, int64_t rows, int64_t k,
     micro_kernel<V, MR, NR, 1>(a + r * NR, mc * NR, k, NR, b, [&](int i, int v, V c) { c.store(tile + (r + i) * NR + v * V::N); });
 }
 
-// Weight gradient of one panel pair: gw[o0 .. o0 + nr)[nr] += sum over rows of gy panel^T z panel.
+// Weight gradient of one panel pair: gw[o0 .. o0 + nr)[nr] += sum over rows of gy panel^T z panel; `first`: = that.
 // nr output channels are cut into micro-tiles of about mr rows: 16 = 6 + 5 + 5 on AVX2.
 template <class V, int left>
-MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V::T* z, int64_t rows, typename V::T* gw) {
+MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V::T* z, int64_t rows, bool first, typename V::T* gw) {
   constexpr int NR = Shape<V>::nr, tiles = (left + Shape<V>::mr - 1) / Shape<V>::mr, MR = (left + tiles - 1) / tiles;
   for (int r = 0; r < MR; r++) prefetch_to_write(gw + r * NR);
   micro_kernel<V, MR, 1, NR>(gy, 0, rows, rows, z, [&](int r, int v, V c) {
     typename V::T* to = gw + r * NR + v * V::N;
-    (V::load(to) + c).store(to);
+    (first ? c : V::load(to) + c).store(to);
   });
-  if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, gw + MR * NR);
+  if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, first, gw + MR * NR);
 }
 
 // Packs a dense (o, k) matrix into panels over o: dst[p][k][nr] = w[p * nr + i][k], zero beyond o.
@@ -247,15 +247,16 @@ MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows,
   });
 }
 
-// gw is [ceil(k / nr)][round_up(o, nr)][nr], added to. A few panels of gy stay in L1/L2 while all panels of z pass.
+// gw is [ceil(k / nr)][round_up(o, nr)][nr], added to after the first block. A few panels of gy stay in L1/L2 while all panels of z pass.
 template <class V, class T>
-void weight_gradient(const Pointwise<T>& p, int64_t rows, const T* gy, const T* z, int64_t panel_begin, int64_t panel_end, T* gw) {
+void weight_gradient(const Pointwise<T>& p, int64_t rows, const T* gy, const T* z, int64_t panel_begin, int64_t panel_end, bool first,
+                     T* gw) {
   constexpr int NR = Shape<V>::nr;
   const int64_t op = round_up(p.o, NR), panels = op / NR, held = most(1, 32 * 1024 / int64_t(sizeof(T)) / (rows * NR));
   for (int64_t i0 = 0; i0 < panels; i0 += held)
     for (int64_t j = panel_begin; j < panel_end; j++)
       for (int64_t i = i0; i < least(panels, i0 + held); i++)
-        multiply_transposed<V, NR>(gy + i * p.mc * NR, z + (j - panel_begin) * p.mc * NR, rows, gw + (j * op + i * NR) * NR);
+        multiply_transposed<V, NR>(gy + i * p.mc * NR, z + (j - panel_begin) * p.mc * NR, rows, first, gw + (j * op + i * NR) * NR);
 }
 
 // Chain rule through the pending norm of one panel: gp, its sums, and dx = gp * scale.
@@ -303,7 +304,7 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
         multiply_block<V>(gy, p.mc, rows, p.o, p.packed + j * p.o * NR, tile);
         with_act(p.norm.act, [&](auto act) { finish_panel<act.value, V, S>(p, m0, rows, j * NR, tile, sums); });
       }
-    if (p.need_weight) weight_gradient<V>(p, rows, gy, z, panel_begin, panel_end, gw);
+    if (p.need_weight) weight_gradient<V>(p, rows, gy, z, panel_begin, panel_end, m0 == begin, gw);
   }
   finish_streams();
 }
