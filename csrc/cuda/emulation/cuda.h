@@ -7,6 +7,7 @@
 // which starts as NaN; the compiler adds alignment and the bounds of arrays.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
@@ -62,12 +63,13 @@ struct Warp {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t beginning;
+  jmp_buf here;
   std::unique_ptr<char[]> stack;
   dim3 thread;
   int lane;
   Warp* warp;
-  bool done;
+  bool begun = false, done;
   std::vector<std::vector<Copy>> copies;  // by group; the last one is open
 };
 
@@ -82,7 +84,7 @@ struct Machine {
   Barrier block;
   std::vector<double> shared;  // doubles: aligned
   size_t shared_bytes = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* running = nullptr;
   std::function<void()> kernel;
   std::string error;
@@ -92,7 +94,18 @@ struct Machine {
     if (order == 1) std::reverse(what.begin(), what.end());
     if (order > 1) std::shuffle(what.begin(), what.end(), random);
   }
-  void yield() { swapcontext(&running->context, &scheduler); }
+  // Not by swapcontext, which asks the system to keep and set the signal mask: most of an exchange's time.
+  void yield() {
+    if (!_setjmp(running->here)) _longjmp(scheduler, 1);
+  }
+  void resume(Fiber& f) {
+    running = &f;
+    threadIdx = f.thread;
+    if (_setjmp(scheduler)) return;
+    if (f.begun) _longjmp(f.here, 1);
+    f.begun = true;
+    setcontext(&f.beginning);
+  }
   void fail(const std::string& what) {  // in a fiber: it never runs again, the scheduler throws
     error = what;
     for (;;) yield();
@@ -110,17 +123,23 @@ struct Machine {
 inline Machine machine;
 
 inline void Machine::enter() {
-  machine.kernel();
-  machine.running->done = true;
-  machine.progress++;
-  for (;;) machine.yield();
+  for (;;) {  // a kernel's thread in one block after the other
+    machine.kernel();
+    machine.running->done = true;
+    machine.progress++;
+    machine.yield();
+  }
 }
 
 inline void Machine::run_block(dim3 size) {
   const int64_t count = int64_t(size.x) * size.y * size.z;
   while (int64_t(fibers.size()) < count) {
     fibers.push_back(std::make_unique<Fiber>());
-    fibers.back()->stack.reset(new char[stack_bytes]);
+    Fiber& f = *fibers.back();
+    f.stack.reset(new char[stack_bytes]);
+    getcontext(&f.beginning);
+    f.beginning.uc_stack.ss_sp = f.stack.get(), f.beginning.uc_stack.ss_size = stack_bytes, f.beginning.uc_link = nullptr;
+    makecontext(&f.beginning, &Machine::enter, 0);
   }
   warps.assign(size_t((count + 31) / 32), Warp{});
   block = Barrier{int(count), 0, 0};
@@ -132,9 +151,6 @@ inline void Machine::run_block(dim3 size) {
     f.lane = int(t % 32), f.warp = &warps[size_t(t / 32)], f.done = false;
     f.warp->barrier.expected++;
     f.copies.assign(1, {});
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = stack_bytes, f.context.uc_link = nullptr;
-    makecontext(&f.context, &Machine::enter, 0);
   }
   std::vector<int64_t> turn(static_cast<size_t>(count));
   for (int64_t left = count; left;) {
@@ -144,9 +160,7 @@ inline void Machine::run_block(dim3 size) {
     for (const int64_t t : turn) {
       Fiber& f = *fibers[size_t(t)];
       if (f.done) continue;
-      running = &f;
-      threadIdx = f.thread;
-      swapcontext(&scheduler, &f.context);
+      resume(f);
       if (!error.empty()) throw std::runtime_error("CUDA emulation: " + std::exchange(error, ""));
       left -= f.done;
     }
@@ -171,7 +185,12 @@ inline void Machine::launch(dim3 grid, dim3 size, size_t bytes, std::function<vo
   arrange(blocks);
   for (const int64_t b : blocks) {
     blockIdx = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
-    run_block(size);
+    try {
+      run_block(size);
+    } catch (...) {
+      fibers.clear();  // those that wait would never come out
+      throw;
+    }
   }
   launches++;
 }
