@@ -39,6 +39,10 @@ STABLE_TORCH_LIBRARY(mnops, m) {
   m.def("norm_act_pool(Tensor x, " PENDING ") -> Tensor");
   m.def("norm_act_pool_backward(Tensor g, Tensor x, " PENDING ") -> " NORM_GRADS);
 
+  // running += momentum * (batch - running), in place; the batch's variance times `unbias`. On the CPU only, unchecked.
+  m.def("update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, float unbias) "
+        "-> ()");
+
   // The memory of results on the CPU (csrc/cpu/memory.h): whether it is kept from now on, returning what was; its release.
   m.def("keep_memory(bool on) -> bool");
   m.def("empty_cache() -> ()");

@@ -2,10 +2,30 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from mnops import ops
+from mnops import backends, ops
 from mnops.ops import Pending
+
+_update_running = torch.ops.mnops.update_running.default
+torch.library.register_fake("mnops::update_running", lambda *args: None)
+
+
+def _natively(running_mean, running_var, mean, count, momentum) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(running_mean) is type(running_var) is type(mean) is Tensor
+        and mean.device.type == "cpu"
+        and running_mean.dtype is running_var.dtype is mean.dtype
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and type(count) is int
+        and type(momentum) is float
+        and not backends.transformed()
+        and not (running_mean.is_inference() or running_var.is_inference())
+    )
 
 
 def update_running(
@@ -17,6 +37,11 @@ def update_running(
     momentum: float | Tensor,
 ) -> None:
     """running += momentum * (batch - running), in place; the batch's variance unbiased: var * n / (n - 1)."""
+    if _natively(running_mean, running_var, mean, count, momentum):  # one call for five
+        with torch._C._AutoDispatchBelowAutograd():
+            _update_running(running_mean, running_var, mean, var, momentum, count / (count - 1))
+        increment_version((running_mean, running_var))
+        return
     mean, var = mean.detach(), var.detach() * (count / (count - 1))
     if mean.dtype != running_mean.dtype:  # a half module's
         mean, var = mean.to(running_mean.dtype), var.to(running_mean.dtype)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import mnops
+from mnops import functional
 
 C, OUT = 6, 5
 
@@ -83,3 +84,19 @@ def test_an_error_changes_nothing(kind):
         fused(kind, [x, tensors[0], tensors[1][:2], *tensors[2:]], True)
     torch.testing.assert_close(tensors, before, rtol=0, atol=0)
     assert len(fused(kind, [x[:0], *tensors], False)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_running_statistics_in_one_call_are_those_of_stock_operations(dtype, monkeypatch):
+    batch = torch.randn(2, 37, dtype=dtype, requires_grad=True)
+    mean, var = batch[0] * 1, batch[1].exp()  # with a history, as an op's
+    results = []
+    for natively in (True, False):
+        running = [torch.linspace(-1, 2, 37, dtype=dtype) for _ in range(2)]
+        versions = [v._version for v in running]
+        if not natively:
+            monkeypatch.setattr(functional, "_natively", lambda *args: False)
+        functional.update_running(*running, mean, var, 50, 0.1)
+        assert all(v._version > before and not v.requires_grad for v, before in zip(running, versions))
+        results.append(running)
+    torch.testing.assert_close(*results)
