@@ -136,6 +136,10 @@ PRINTED = {
 }  # fmt: skip
 
 
+# 97.5 % quantiles of Student's t for 2, 3, ... 10 seeds: three runs tell less than their spread seems to say.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
 class Effect(NamedTuple):
     """A difference of test accuracy in percentage points, one value a seed, and the paper's on ImageNet,
     which is above zero; None where these are other steps than the paper's."""
@@ -146,16 +150,17 @@ class Effect(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Standard error of the mean over the seeds."""
-        return statistics.stdev(self.differences) / len(self.differences) ** 0.5
+        """Half the 95 % interval of the mean: its standard error over the seeds times Student's t."""
+        n = len(self.differences)
+        return STUDENT[min(n, len(STUDENT) + 1) - 2] * statistics.stdev(self.differences) / n**0.5
 
     @property
     def verdict(self) -> str:
         if len(self.differences) < 2:
             return "one seed: no verdict"
         mean = statistics.mean(self.differences)
-        if abs(mean) <= 2 * self.error:
-            return "not shown: within two standard errors of nothing"
+        if abs(mean) <= self.error:
+            return "not shown: the interval holds 0"
         return "shown, as in the paper" if mean > 0 else "the other way round"
 
 
@@ -218,10 +223,10 @@ def report(rows: Sequence[Row]) -> str:
         spread = f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
         lines.append(f"{row['model']:18}{row['mult_adds']:>14,}{row['parameters']:>12,}"
                      f"{statistics.mean(accuracies):>13.2f}{spread:>11}{len(accuracies):>7}")  # fmt: skip
-    lines += ["", f"{'difference, points':34}{'mean':>8}{'error':>8}{'seeds':>7}{'paper':>8}"]
+    lines += ["", f"{'difference, points':34}{'mean':>8}{'95 % +-':>9}{'seeds':>7}{'paper':>8}"]
     for e in effects(rows):
         error = f"{e.error:.2f}" if len(e.differences) > 1 else ""
-        lines.append(f"{e.name:34}{statistics.mean(e.differences):>+8.2f}{error:>8}{len(e.differences):>7}"
+        lines.append(f"{e.name:34}{statistics.mean(e.differences):>+8.2f}{error:>9}{len(e.differences):>7}"
                      f"{'+' if e.paper is None else f'{e.paper:+.1f}':>8}  {e.verdict}")  # fmt: skip
     images, classes = rows[0]["images"], rows[0]["classes"]
     lines.append(f"Trained on {images} images of {classes} classes; the paper's column is ImageNet's.")
@@ -235,16 +240,20 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from mnops import tables
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "mnops"  # the same rows, the same file
     from matplotlib import pyplot, ticker
 
     own = [(r["variant"], r["size"], r["mult_adds"], r["parameters"], a) for r, a in summaries(rows)]
+    own.sort(key=lambda point: point[0] != "separable")  # the grid first in the legend
     known = [("separable", w, n, a) for w, line in SLIM.items() for n, a in zip(IMAGES["sizes"], line)]
     theirs = []
     for variant, width, size, accuracy in [*known, *((*key, a) for key, a in PRINTED.items())]:
         counted = tables.mobilenet(width, size, variant)
         theirs.append((variant, size, counted.mult_adds, counted.parameters, [accuracy]))
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
-    trained = f"trained here: {rows[0]['images']:,} images, {rows[0]['classes']} classes"
+    seeds = max(len(accuracies) for *_, accuracies in own)
+    spread = f", {seeds} seeds" if seeds > 1 else ""
+    trained = f"trained here: {rows[0]['images']:,} images, {rows[0]['classes']} classes{spread}"
     published = "ImageNet: TF-slim's weights (dots), the paper (rings)"
     for column, (title, points) in enumerate([(trained, own), (published, theirs)]):
         colors = {size: f"C{i}" for i, size in enumerate(sorted({p[1] for p in points}, reverse=True))}
@@ -257,7 +266,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 ax.errorbar(
                     point[what] / 1e6, statistics.mean(accuracies),
                     statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-                    fmt={"separable": "o", "conv": "^", "shallow": "s"}[variant], capsize=2,
+                    fmt={"separable": "o", "conv": "^", "shallow": "s"}[variant], capsize=2, elinewidth=1,
                     color=colors[size], mfc="none" if ring else None, ms=9 if ring else 6,
                     label=None if label in named else label,
                 )  # fmt: skip
@@ -271,7 +280,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 ax.set_title(title)
             else:
                 ax.legend(fontsize=8, loc="lower right")
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

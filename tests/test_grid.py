@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,13 +166,16 @@ def test_effects_are_paired_by_seed():
     np.testing.assert_allclose(thin.differences, expected, atol=1e-9)
     assert thin.verdict == "the other way round"
     error = np.std(expected, ddof=1) / 3**0.5
-    assert thin.error == pytest.approx(error)
+    assert thin.error == pytest.approx(4.30 * error)  # Student's t of two degrees of freedom
+    assert grid.Effect("two", (1.0, 1.2), 1.0).verdict.startswith("not shown")  # 12.71 * 0.1 > 1.1
+    assert grid.Effect("three", (1.0, 1.2, 1.1), 1.0).verdict == "shown, as in the paper"
+    assert grid.Effect("many", 6 * (1.0, -1.0), 1.0).error == pytest.approx(2.26 * (12 / 11) ** 0.5 / 12**0.5)
 
 
 def test_noise_is_called_noise():
     draws = iter(np.random.default_rng(0).normal(0.9, 0.01, 200))
     verdicts = [e.verdict for e in grid.effects(made_up(lambda *_: next(draws), seeds=8))]
-    assert sum(v.startswith("not shown") for v in verdicts) >= 7  # of ten, at two standard errors
+    assert sum(v.startswith("not shown") for v in verdicts) >= 7  # of ten
     one = grid.effects(made_up(lambda variant, width, size, seed: width, seeds=1))
     assert {e.verdict for e in one} == {"one seed: no verdict"}
 
@@ -248,3 +252,46 @@ def test_rows_read_back_equal(tmp_path):
     assert grid.read(tmp_path / "grid.csv") == [row, row]
     with open(tmp_path / "grid.csv", newline="") as file:
         assert next(csv.reader(file)) == grid.FIELDS
+
+
+# ---- the rows of the digits ----
+
+DOCS = Path(__file__).parent.parent / "docs" / "grid"
+
+
+@pytest.fixture(scope="module")
+def published():
+    return grid.read(DOCS / "grid.csv")
+
+
+def test_the_published_rows_are_the_whole_grid_of_the_digits(published):
+    chosen = grid.models(grid.DIGITS["widths"], grid.DIGITS["sizes"])
+    assert [(r["model"], r["seed"]) for r in published] == [(m.name, s) for s in range(3) for m in chosen]
+    assert {r["options"] for r in published} == {" ".join(grid.DIGITS["options"])}
+    assert {(r["images"], r["classes"], r["epochs"]) for r in published} == {(1438, 10, 15)}
+    for row in published[15:18:2]:
+        counted = tables.mobilenet(row["width"], row["size"], row["variant"], 10)
+        assert (row["mult_adds"], row["parameters"]) == (counted.mult_adds, counted.parameters)
+
+
+def test_the_page_says_what_the_rows_show(published):
+    page, text = (DOCS / "README.md").read_text(), grid.report(published)
+    assert (DOCS / "report.txt").read_text() == text and f"```\n{text}```\n" in page
+    for verdict in ("shown, as in the paper", "the other way round", "not shown"):
+        names = [e.name for e in grid.effects(published) if e.verdict.startswith(verdict)]
+        assert f"- {verdict}: {'; '.join(names) or 'none'}\n" in page
+    by_name = {e.name: e.differences for e in grid.effects(published)}
+    assert min(by_name["full convolution over separable"]) > 0 > max(by_name["thin over shallow"])
+    worst = min(100 * sum(r["test_accuracy"] for r in published[i::18]) / 3 for i in range(18))
+    assert f"the worst model is right for {worst:.0f} %" in page
+    assert f"one of 359 test images is {100 / 359:.2f} points" in page
+    assert all(abs(r["test_accuracy"] * 359 - round(r["test_accuracy"] * 359)) < 1e-9 for r in published)
+
+
+def test_the_figure_is_of_the_published_rows(published, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    drawn = (DOCS / "grid.svg").read_text()
+    if f"Matplotlib v{matplotlib.__version__}" not in drawn:
+        pytest.skip("drawn by another matplotlib")
+    grid.plot(published, tmp_path / "grid.svg")
+    assert (tmp_path / "grid.svg").read_text() == drawn
