@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnops.models.mobilenet import STAGES
+from mnops.models.layers import STAGES
 
 
 class Source(NamedTuple):

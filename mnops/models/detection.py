@@ -26,7 +26,8 @@ except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision made for
     raise ImportError(f"mnops.models.detection needs a torchvision made for this torch ({e}): "
                       "pip install torchvision") from e
 
-from mnops.models.mobilenet import STAGES, ConvBNAct, MobileNet, scaled
+from mnops.models.layers import STAGES, scaled
+from mnops.models.mobilenet import ConvBNAct, MobileNet
 from mnops.nn import DepthwiseSeparable, PointwiseConvBNAct
 
 __all__ = ["faster_rcnn", "load_backbone", "ssd300"]
