@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     args = options("--epochs", 2, "--checkpoint-steps", 4, "--dropout", 0.2, "--mixup", 0.2, "--ema", 0.9,
                    "--accumulate", 2, "--workers", 1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(mnops_train(*args, "--out", str(whole)))
+    assert main([*args, "--out", str(whole)]) == 0
     process = mnops_train(*args, "--out", str(killed))
     until = time.monotonic() + 120
     while not (killed / "steps.csv").exists() or len(rows(killed / "steps.csv")) < 14:
@@ -192,13 +192,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
         torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
 
 
-def test_two_processes_give_the_losses_of_one(folder, tmp_path):
+def test_two_processes_give_the_losses_of_one(folder, tmp_path, capsys):
     """torchrun, two gloo processes, synchronised BatchNorm: the same curve, random crops included. The
     activation is smooth, so that rounding does not grow from step to step by flipping ReLUs."""
     args = options("--data", folder, "--epochs", 2, "--batch-size", 18, "--workers", 0, "--act", "silu",
                    "--size", 48, "--lr", 0.01)
     one, two = tmp_path / "one", tmp_path / "two"
-    single = finish(mnops_train(*args, "--out", str(one)))
+    assert main([*args, "--out", str(one)]) == 0
+    single = capsys.readouterr().out
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     double = finish(mnops_train(*args, "--sync-bn", "--out", str(two), launcher=torchrun))
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
