@@ -42,7 +42,10 @@ def world(device: str | None) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), size, target)
         if outermost:
-            dist.barrier()  # a rank that is done early must not close its connections under the others
+            # A rank that is done early must not close its connections under the others. Nor may its interpreter end
+            # while a thread of gloo's, which outlive the group where DDP was used, still holds the last reference to a
+            # tensor of Python's: the process would abort.
+            dist.barrier()
     finally:
         if outermost:
             dist.destroy_process_group()
