@@ -9,14 +9,20 @@ template <class T> int64_t block_of_pixels(int64_t bytes, int64_t channels, int6
   return std::max<int64_t>(mr, std::min(mc, ceil_div(pixels, mr) * mr) / mr * mr);
 }
 
+// Packed whole, the weights are written and read once more than they are used. Where the pixels are few against them, each
+// panel is packed where it is needed, and the pixels, all in one block, stay in the caches meanwhile.
+inline bool few_pixels(int64_t m, int64_t k) { return m < k / 2; }
+
 // Packs the (o, k) matrix by panels over o (forward) or over k (backward), on all threads, into shared scratch memory.
 template <class T>
 const T* pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
   const int64_t panels = ceil_div(by_output ? o : k, kernels.nr);
   T* const packed = reinterpret_cast<T*>(scratch<Scratch::packed>(panels * (by_output ? k : o) * kernels.nr * sizeof(T)));
   const int count = threads.worth(o * k);
+  const int64_t size = (by_output ? k : o) * kernels.nr;
   threads.run(count, [&](int t) {
-    (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, panels * t / count, panels * (t + 1) / count, packed);
+    const int64_t first = panels * t / count, last = panels * (t + 1) / count;
+    (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, first, last, packed + first * size);
   });
   return packed;
 }
@@ -28,14 +34,15 @@ void pointwise_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t
   p.m = m, p.k = k, p.o = o;
   const int count = threads.worth(m * (k + o));
   const NormVectors<T> norm(pending, k);
-  const T* packed = pack_matrix(kernels, threads, weight, o, k, true);
-  p.x = x, p.out = y, p.packed = packed, p.norm = norm.norm, p.measure = mean != nullptr;
+  p.x = x, p.out = y, p.weight = weight, p.norm = norm.norm, p.measure = mean != nullptr;
   p.stream = worth_streaming(m * o * int64_t(sizeof(T)));
 
-  // A block of z in half of L2. Few pixels (a small batch on a late layer): cut the output channels instead.
+  // A block of z in half of L2. Few pixels against the weights (a small batch on a late layer): the output channels are cut
+  // instead, and all of z is one block.
   const int64_t panels = ceil_div(o, kernels.nr);
-  p.mc = block_of_pixels<T>(192 * 1024, k, m, kernels.mr);
-  const bool by_panel = m / count < 4 * kernels.mr && panels >= count;
+  const bool by_panel = few_pixels(m, k) && panels >= count;
+  p.mc = by_panel ? ceil_div(m, kernels.mr) * kernels.mr : block_of_pixels<T>(192 * 1024, k, m, kernels.mr);
+  p.packed = by_panel ? nullptr : pack_matrix(kernels, threads, weight, o, k, true);
   const ThreadMoments moments(count, o);
   const size_t bytes = kernels.pointwise_forward_scratch(p);
   threads.run(count, [&](int t) {
@@ -56,8 +63,7 @@ void pointwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
   const int count = threads.worth(m * (k + o));
   const NormVectors<T> norm(pending, k);
   const IncomingVectors<T> incoming(out, o, m);
-  const T* packed = dx ? pack_matrix(kernels, threads, weight, o, k, false) : nullptr;
-  p.x = x, p.out = dx, p.packed = packed, p.norm = norm.norm, p.incoming = incoming.incoming;
+  p.x = x, p.out = dx, p.weight = weight, p.norm = norm.norm, p.incoming = incoming.incoming;
   p.need_weight = dweight != nullptr;
   p.stream = worth_streaming(m * k * int64_t(sizeof(T)));
   // Blocks of gy and z together in L2, with room for the panel of weights that meets them.
@@ -68,6 +74,9 @@ void pointwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
   // part of one gradient.
   const int64_t nr = kernels.nr, op = ceil_div(o, nr) * nr, panels = ceil_div(k, nr), size = panels * nr * op;
   const bool by_panel = panels >= count && m < 4 * k;
+  const bool one_block = by_panel && few_pixels(m, k);
+  if (one_block) p.mc = ceil_div(m, kernels.mr) * kernels.mr;
+  p.packed = one_block || !dx ? nullptr : pack_matrix(kernels, threads, weight, o, k, false);
   const int copies = by_panel ? 1 : count;
   T* const gw = dweight ? reinterpret_cast<T*>(scratch<Scratch::gradient>(copies * size * sizeof(T))) : nullptr;
   const ThreadNormSums sums(count, k);

@@ -24,9 +24,7 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
 
   const int64_t rows = ceil_div(m, kernels.mr);
   auto pixels = [&](int t) { return std::min(m, rows * t / count * kernels.mr); };
-  if (m < s.c / 2 && panels >= count) {
-    // Packed whole, the weights would be written and read once more than they are used: each panel is packed where it
-    // is needed, and all of z stays in the caches meanwhile.
+  if (few_pixels(m, s.c) && panels >= count) {
     q.mc = rows * kernels.mr;
     T* const z = reinterpret_cast<T*>(scratch<Scratch::packed>((q.mc * padded(s.c)) * sizeof(T)));
     const size_t bytes = kernels.separable_scratch(p);

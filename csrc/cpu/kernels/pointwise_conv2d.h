@@ -99,12 +99,13 @@ MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V:
   if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, first, gw + MR * NR);
 }
 
-// Packs a dense (o, k) matrix into panels over o: dst[p][k][nr] = w[p * nr + i][k], zero beyond o.
+// Packs panels [panel_begin, panel_end) over o of a dense (o, k) matrix: dst[p - panel_begin][k][nr] = w[p * nr + i][k],
+// zero beyond o.
 template <class T> void pack_columns(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr, N = V::N;
   for (int64_t p = panel_begin; p < panel_end; p++) {
-    T* to = dst + p * k * NR;
+    T* to = dst + (p - panel_begin) * k * NR;
     for (int v = 0; v < NR; v += N) {
       const int64_t o0 = p * NR + v, rows = least(N, o - o0);
       int64_t kk = 0;
@@ -116,14 +117,14 @@ template <class T> void pack_columns(const T* w, int64_t o, int64_t k, int64_t p
   }
 }
 
-// Packs the same matrix into panels over k: dst[p][o][nr] = w[o][p * nr + i].
+// The same of panels over k: dst[p - panel_begin][o][nr] = w[o][p * nr + i].
 template <class T> void pack_rows(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst) {
   constexpr int NR = Shape<typename Vec<T>::type>::nr;
   for (int64_t p = panel_begin; p < panel_end; p++) {
     const int64_t lanes = least(NR, k - p * NR);
     for (int64_t i = 0; i < o; i++) {
       const T* const from = w + i * k + p * NR;
-      T* const to = dst + (p * o + i) * NR;
+      T* const to = dst + ((p - panel_begin) * o + i) * NR;
       if (lanes == NR)
         for (int j = 0; j < NR; j++) to[j] = from[j];
       else
@@ -159,6 +160,7 @@ template <class T> size_t pointwise_forward_scratch(const Pointwise<T>& p) {
   Arena a{nullptr};
   a.take<T>(round_up(p.k, Shape<V>::nr) * p.mc);
   a.take<T>(p.mc * Shape<V>::nr);
+  if (!p.packed) a.take<T>(p.k * Shape<V>::nr);
   return a.used;
 }
 
@@ -210,13 +212,15 @@ void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_
   Arena arena{scratch};
   T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
   T* tile = arena.take<T>(p.mc * NR);
+  T* own = p.packed ? nullptr : arena.take<T>(p.k * NR);
   const S* x = static_cast<const S*>(p.x);
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
     const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
     pack_pixels<V, S>(p, m0, rows, 0, (p.k + NR - 1) / NR, z);
     for (int64_t j = panel_begin; j < panel_end; j++) {
       if (next < end) fetch_part(x + next * p.k, next_rows * p.k, j - panel_begin, panel_end - panel_begin);
-      multiply_block<V>(z, p.mc, rows, p.k, p.packed + j * p.k * NR, tile);
+      if (own) pack_columns<T>(p.weight, p.o, p.k, j, j + 1, own);
+      multiply_block<V>(z, p.mc, rows, p.k, own ? own : p.packed + j * p.k * NR, tile);
       store_panel<V, S>(p, m0, rows, j * NR, tile, moments);
     }
   }
@@ -232,6 +236,7 @@ template <class T> size_t pointwise_backward_scratch(const Pointwise<T>& p) {
   a.take<T>(round_up(p.o, NR) * p.mc);
   a.take<T>(round_up(p.k, NR) * p.mc);
   a.take<T>(p.mc * NR);
+  if (!p.packed) a.take<T>(p.o * NR);
   return a.used;
 }
 
@@ -288,6 +293,7 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
   T* gy = arena.take<T>(round_up(p.o, NR) * p.mc);
   T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
   T* tile = arena.take<T>(p.mc * NR);
+  T* own = p.packed ? nullptr : arena.take<T>(p.o * NR);
   const S* g = static_cast<const S*>(p.incoming.g);
   const S* y = static_cast<const S*>(p.incoming.y);
   const int64_t panels = panel_end - panel_begin;
@@ -301,7 +307,8 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
           fetch_part(g + next * p.o, next_rows * p.o, j - panel_begin, panels);
           if (y) fetch_part(y + next * p.o, next_rows * p.o, j - panel_begin, panels);
         }
-        multiply_block<V>(gy, p.mc, rows, p.o, p.packed + j * p.o * NR, tile);
+        if (own) pack_rows<T>(p.weight, p.o, p.k, j, j + 1, own);
+        multiply_block<V>(gy, p.mc, rows, p.o, own ? own : p.packed + j * p.o * NR, tile);
         with_act(p.norm.act, [&](auto act) { finish_panel<act.value, V, S>(p, m0, rows, j * NR, tile, sums); });
       }
     if (p.need_weight) weight_gradient<V>(p, rows, gy, z, panel_begin, panel_end, m0 == begin, gw);

@@ -173,7 +173,7 @@ void separable_pointwise(const Separable<T>& p, const T* weight, const T* z, int
   constexpr int NR = Shape<typename Vec<T>::type>::nr;
   const Pointwise<T>& q = p.pointwise;
   for (int64_t j = first; j < last; j++) {
-    pack_columns<T>(weight + j * NR * q.k, q.o - j * NR, q.k, 0, 1, packed);
+    pack_columns<T>(weight, q.o, q.k, j, j + 1, packed);
     const T* const next = weight + (j + 1) * NR * q.k;
     multiply_to_output<S, T>(q, z, q.mc, 0, q.m, j, packed, next, j + 1 < last ? least(NR, q.o - (j + 1) * NR) * q.k : 0);
   }
