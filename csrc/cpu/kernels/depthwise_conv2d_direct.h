@@ -97,9 +97,10 @@ void direct_convolve(const Depthwise<T>& p, const Item& it, const DirectScratch<
       Finish<V, S, how.value, measure> out[TY];  // a chain of sums a row, so that its latency is hidden
       for (int i = 0; i < TY; i++) out[i] = {it.channels - c, V::load(s.pivot + c), V::zero(), V::zero()};
       direct_rows<V, K, SW, TY, TX>(r, w, to, stride, width, out);
-      for (int i = 0; measure && i < TY; i++) {
-        accumulate(s.s1 + c, out[i].s1, V::N);
-        accumulate(s.s2 + c, out[i].s2, V::N);
+      if constexpr (measure) {
+        for (int i = 1; i < TY; i++) out[0].s1 = out[0].s1 + out[i].s1, out[0].s2 = out[0].s2 + out[i].s2;
+        accumulate(s.s1 + c, out[0].s1, V::N);
+        accumulate(s.s2 + c, out[0].s2, V::N);
       }
     });
   }
