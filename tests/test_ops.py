@@ -509,3 +509,19 @@ def test_freed_memory_is_an_error():
         tensors[freed].untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match="was freed"), mnops.backend("cpu"):
             ops.depthwise_conv2d(*tensors)
+
+
+def test_more_threads_than_blocks_of_pixels():
+    """A thread without pixels adds nothing to the weight gradient."""
+    x, weight, g = torch.randn(1, 16, 1, 3), torch.randn(20000, 16, 1, 1), torch.randn(1, 20000, 1, 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with mnops.backend("cpu"):
+            for _ in range(2):  # the second finds memory that the first has used
+                y, _, _ = ops.pointwise_conv2d(x, weight.requires_grad_())
+                (found,) = torch.autograd.grad(y, weight, g)
+                torch.testing.assert_close(found[:, :, 0, 0], g[0, :, 0] @ x[0, :, 0].T)
+                g = g + 1
+    finally:
+        torch.set_num_threads(threads)
