@@ -49,6 +49,11 @@ def update_running(
     running_var.lerp_(var, momentum)
 
 
+def running_statistics(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """What a norm in eval mode normalises with: copies for a backward, for which a forward in training may come."""
+    return (mean.clone(), var.clone()) if torch.is_grad_enabled() else (mean, var)
+
+
 def refuse_single_value(count: int, y: Tensor) -> None:
     if count == 1:  # torch's words
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")

@@ -26,7 +26,8 @@ __all__ = ["FusionReport", "fuse", "fusion_report", "unfuse"]
 class Conv2d(nn.Conv2d):
     """What fuse makes of an nn.Conv2d, by its class alone: same parameters, same output, a LazyTensor."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if backends.recording(x):
             return super().forward(x)
         weight, bias = self.weight, self.bias  # once: a parametrised one is computed at every look
@@ -42,10 +43,14 @@ class Conv2d(nn.Conv2d):
 class SyncBatchNorm(nn.SyncBatchNorm):
     """What fuse makes of an nn.SyncBatchNorm: synchronises what a fused convolution measured."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         raw = x.raw if type(x) is LazyTensor and lazy.unchanged(x) else None
         if raw is None or raw.mean is None or sync.group_of(self) is None:
             return super().forward(x)
+        lazy.take(x)
+        if self.running_var is not None:
+            lazy.settle(self.running_var)
         mean, var = statistics(self, *raw, measured=True)
         pending = pending_args(Pending(raw.y, mean, var, self.weight, self.bias, self.eps), cast=False)
         return LazyTensor(Pending(*pending), x.nchw, x.source)
@@ -69,6 +74,10 @@ def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> st
     if device != weight.device or dtype not in DTYPES:
         return f"its input is {dtype} on {device}, its weight on {weight.device}"
     device = device.type
+    if op is None:
+        return "no op serves its geometry any more"
+    if not backends.chosen_native(f"{op}_conv2d", device):
+        return f"only the reference serves {op}_conv2d on {device}"
     if torch.is_autocast_enabled(device):
         if dtype == torch.float64 or weight.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
             return f"its input is {dtype}, its weight {weight.dtype}, under autocast"
@@ -76,10 +85,6 @@ def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> st
         return f"its input is {dtype}, its weight {weight.dtype}"
     if backends.transformed():
         return "a transform of torch.func is active"
-    if op is None:
-        return "no op serves its geometry any more"
-    if not backends.chosen_native(f"{op}_conv2d", device):
-        return f"only the reference serves {op}_conv2d on {device}"
     return None
 
 
@@ -149,7 +154,9 @@ def _layers(model: nn.Module) -> list[Layer]:
             if not _is_norm_of(following[1], child) and not isinstance(parent, nn.Sequential):
                 following = _by_name(name, parent) or following
             layer.op = served_by(child) or ""
-            if type(child) not in (nn.Conv2d, Conv2d):
+            if "forward" in child.__dict__:
+                layer.why_not = "its forward was replaced by another"
+            elif type(child) not in (nn.Conv2d, Conv2d):
                 layer.why_not = f"{type(child).__name__} may compute anything"
             elif not layer.op:
                 layer.why_not = "neither depthwise, 1x1 nor a first layer"
@@ -278,8 +285,11 @@ def _adopt(module: nn.Module, args: Any) -> None:
 
 
 def _give_real(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a fused model: nothing pending leaves it."""
-    if type(output) is Tensor or torch.compiler.is_compiling():
+    """Forward hook of a fused model: nothing pending leaves it, or waits when the parameters change."""
+    if torch.compiler.is_compiling():
+        return None
+    lazy.settle()
+    if type(output) is Tensor:
         return None
     return torch.utils._pytree.tree_map_only(LazyTensor, real, output)
 

@@ -7,11 +7,14 @@ shared modules, hooks, branches and in-place operations mean what they mean with
 
 Two layers make it sound. `__torch_function__` sees what Python code does, above autograd. What goes round it
 (an autograd.Function of the user, a backward hook, C++) finds a tensor whose grad_fn is that of the real one
-and whose values come by `__torch_dispatch__`.
+and whose values come by `__torch_dispatch__`. What a tensor waits for, its norm's vectors, may change: so what
+somebody still holds is computed when the model's forward ends (`settle`), and nobody gets a value of changed ones.
 """
 
 import contextlib
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnops import backends, ops
-from mnops.functional import refuse_single_value, update_running
+from mnops.functional import refuse_single_value, running_statistics, update_running
 from mnops.ops import Pending
 from mnops.ops import _contract as c
 from mnops.ops import _register as r
@@ -99,15 +102,18 @@ class LazyTensor(Tensor):
         raw: of a convolution's own output, before any norm.
         nchw: the memory format that stock modules would have given z.
         source: the name of the convolution.
+        passed: something was computed from `pending`: the gradient of that goes past z.
     """
 
     pending: Pending | None
     raw: Raw | None
     nchw: bool
     source: str
+    passed: bool
     _data: Tensor | None  # z, without autograd
     _real: Tensor | None  # z, with it
-    _version_seen: int
+    _version_seen: int  # of _data
+    _versions: list[int]  # of the norm's vectors
 
     @staticmethod
     def __new__(cls, pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> "LazyTensor":
@@ -119,14 +125,14 @@ class LazyTensor(Tensor):
 
     def __init__(self, pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> None:
         """pending: its vectors in the dtype that the schemas want."""
-        self.nchw, self.source = nchw, source
+        self.nchw, self.source, self.passed = nchw, source, False
         self._data = self._real = None
         _describe(self, pending, raw)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in METADATA:
+        if func in METADATA and args[0].pending is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = RULES.get(func)
@@ -138,7 +144,7 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if _linking and func is torch.ops.aten.copy_.default:
+        if _here.linking and func is torch.ops.aten.copy_.default:
             return args[0]
         written = (a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         if any(w and type(a) is LazyTensor for w, a in zip(written, args)):
@@ -167,17 +173,24 @@ class _Defer(torch.autograd.Function):
         return *r.norm_backward(op, ctx, g), None
 
 
+class _Here(threading.local):
+    """What this thread is about."""
+
+    def __init__(self) -> None:
+        self.linking = False
+        self.waiting: list[weakref.ref[LazyTensor]] = []
+
+
+_here = _Here()
+
+
 def _link(out: Tensor, source: Tensor) -> None:
     """Gives out, of source's values and without history, source's history: to autograd out.copy_(source)."""
-    global _linking
-    _linking = True
+    _here.linking = True
     try:
         out.copy_(source)
     finally:
-        _linking = False
-
-
-_linking = False
+        _here.linking = False
 
 
 def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
@@ -188,6 +201,11 @@ def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
         pending = Pending(*(a.detach() if isinstance(a, Tensor) else a for a in pending))
         raw = raw and Raw(*(a if a is None else a.detach() for a in raw))
     out.pending, out.raw = pending, raw
+    if pending.mean is not None:
+        out._versions = _versions(pending)
+        if len(_here.waiting) > 1000:  # where no forward of a whole model ends
+            _held()
+        _here.waiting.append(weakref.ref(out))
     if grad:
         with torch._C.DisableTorchFunctionSubclass():
             if out.requires_grad:
@@ -211,18 +229,59 @@ def lazy_output(
 
 def data(z: LazyTensor) -> Tensor:
     """The values, computed at the first call; no autograd."""
-    if z._data is None or (z._data.is_inference() and not torch.is_inference_mode_enabled()):
+    if z._data is None:
+        _refuse_stale(z)
         with torch.no_grad():
             out = ops.norm_act(z.pending)
-            if out is z.pending.x and z.raw is not None and z.raw.mean is not None:
-                out = out.clone()  # the convolution keeps y for its backward: nobody may change it
+            if out is z.pending.x:
+                out = out.clone()  # others wait for y: nobody may change it
             z._data = (out.contiguous() if z.nchw else out).detach()
         z._version_seen = _version(z)
+    elif z._data.is_inference() and not torch.is_inference_mode_enabled():
+        z._data = z._data.clone()
     return z._data
+
+
+def settle(running_var: Tensor | None = None) -> None:
+    """Computes what is pending and somebody holds, before the vectors that it waits for may change.
+
+    running_var: only what waits for these running statistics.
+    """
+    for z in _held():
+        if running_var is None or z.pending.var.data_ptr() == running_var.data_ptr():
+            data(z)
+
+
+def _held() -> list[LazyTensor]:
+    """What waits for vectors of a norm and is alive; the rest is forgotten."""
+    held = [z for z in (ref() for ref in _here.waiting) if z is not None]
+    for z in held:
+        z._fix_weakref()
+    held = [z for z in held if z._data is None and not _is_stale(z)]
+    _here.waiting = [weakref.ref(z) for z in held]
+    return held
 
 
 def _version(z: LazyTensor) -> int:
     return -1 if z._data.is_inference() else z._data._version
+
+
+def _versions(pending: Pending) -> list[int]:
+    return [v._version for v in pending[1:5] if v is not None and not v.is_inference()]
+
+
+def _is_stale(z: LazyTensor) -> bool:
+    """Whether what `pending` says is no longer what it said."""
+    return z.pending.mean is not None and _versions(z.pending) != z._versions
+
+
+def _refuse_stale(z: LazyTensor) -> None:
+    if _is_stale(z):
+        raise RuntimeError(
+            f"mnops left the output of {z.source or 'a fused layer'} pending, and a vector of its BatchNorm was "
+            "changed in place since: read the output before (x.clone()), or leave the layer out of mnops.fuse by "
+            "filter_fn"
+        )
 
 
 def real(z: Tensor) -> Tensor:
@@ -254,7 +313,7 @@ def pending_of(x: Tensor) -> Tensor | Pending:
     same tensors when it runs again."""
     if type(x) is not LazyTensor:
         return x
-    return x.pending if unchanged(x) else real(x)
+    return take(x) if unchanged(x) else real(x)
 
 
 def _requires_grad(z: LazyTensor) -> bool:
@@ -266,19 +325,28 @@ def unchanged(z: LazyTensor) -> bool:
     """Whether `pending` still describes z."""
     if z.pending is None:
         return False
-    return z._data is None or 0 <= z._version_seen == _version(z)
+    if z._data is None:
+        _refuse_stale(z)
+        return True
+    return 0 <= z._version_seen == _version(z) and not _is_stale(z)
+
+
+def take(z: LazyTensor) -> Pending:
+    """`pending`, to compute something from it past z."""
+    z.passed = True
+    return z.pending
 
 
 def _become(z: LazyTensor, changed: Tensor) -> None:
     """z is now that real tensor, in place: for autograd z.copy_(changed) over a value that is gone."""
     z.pending, z.raw, z._data, z._real = None, None, changed.detach(), changed
-    with torch._C.DisableTorchFunctionSubclass():
-        if torch.is_grad_enabled() and (z.requires_grad or changed.requires_grad):
+    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        if z.requires_grad or changed.requires_grad:
             _link(z.detach_(), changed)
 
 
 def _on_real(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """The function on real tensors; those it changed in place stay so."""
+    """The function on real tensors; those that it changed, or gave away to be changed or watched, stay real."""
     seen: list[LazyTensor] = []
     args, kwargs = _all_real(args, seen), {name: _all_real(value, seen) for name, value in kwargs.items()}
     if _listeners:
@@ -287,7 +355,7 @@ def _on_real(func: Callable, args: tuple, kwargs: dict) -> Any:
     before = [_version(z) for z in seen]
     result = func(*args, **kwargs)
     for z, version in zip(seen, before):
-        if _version(z) != version:
+        if func in FOR_GOOD or _version(z) != version:
             _become(z, z._real)
     return result
 
@@ -297,8 +365,9 @@ def _all_real(a: Any, seen: list[LazyTensor]) -> Any:
     if type(a) is LazyTensor:
         seen.append(a)
         return real(a)
-    if type(a) in (tuple, list):
-        return type(a)([_all_real(item, seen) for item in a])
+    if isinstance(a, (tuple, list)):
+        items = [_all_real(item, seen) for item in a]
+        return type(a)(*items) if hasattr(a, "_fields") else type(a)(items)
     return a
 
 
@@ -319,7 +388,7 @@ def normalised(
         if shift is not None:  # shift - shift: a gradient of zero for whoever waits for one (DDP)
             mean = mean + (shift - shift)
     else:
-        mean, var = running_mean, running_var
+        mean, var = running_statistics(running_mean, running_var)
         if shift is not None:
             mean = mean.to(c.wide(y)) - shift
     return Pending(*c.pending_args(Pending(y, mean, var, weight, bias, eps), cast=False))
@@ -335,7 +404,10 @@ def _batch_norm(
         return NotImplemented
     if not training and (running_mean is None or running_var is None):
         return NotImplemented
+    if training and running_var is not None:
+        settle(running_var)
     norm = running_mean, running_var, weight, bias, training, momentum, eps
+    take(x)
     return LazyTensor(normalised(x.raw, *norm), x.nchw, x.source)
 
 
@@ -344,9 +416,9 @@ def _activate(x: Tensor, act: str | None, inplace: bool) -> Any:
         return NotImplemented
     if inplace and (x._data is not None or (not torch.is_grad_enabled() and _requires_grad(x))):
         return NotImplemented  # somebody has that tensor, or autograd is not to see the change
-    pending = x.pending._replace(act=act)
     if not inplace:
-        return LazyTensor(pending, x.nchw, x.source)
+        return LazyTensor(take(x)._replace(act=act), x.nchw, x.source)
+    pending = x.pending._replace(act=act)
     with torch._C.DisableTorchFunctionSubclass():
         node = x.grad_fn
     if pending.mean is not None and node is not None:  # nothing has used x, so its node may become another
@@ -381,22 +453,22 @@ def _sum(x: Any, other: Any) -> Any:
         tell(x.source, "made real with its sum")
         if type(other) is LazyTensor:
             tell(other.source, "made real by add")
-    return ops.norm_act(x.pending, real(other))
+    return ops.norm_act(take(x), real(other))
 
 
-def _add(a, b, *, alpha=1):
-    if alpha != 1:
+def _add(input, other, **rest):
+    if rest:  # alpha, out
         return NotImplemented
-    out = _sum(b, a)  # x + block(x): the block's output is the one that nobody else waits for
-    return _sum(a, b) if out is NotImplemented else out
+    out = _sum(other, input)  # x + block(x): the block's output is the one that nobody else waits for
+    return _sum(input, other) if out is NotImplemented else out
 
 
-def _add_in_place(a, b, *, alpha=1):
-    if alpha != 1 or type(a) is not LazyTensor or a._data is not None:
+def _add_in_place(input, other, **rest):
+    if rest or type(input) is not LazyTensor or input._data is not None:
         return NotImplemented
-    out = _sum(a, b)
+    out = _sum(input, other)
     if out is not NotImplemented:
-        _become(a, out)
+        _become(input, out)
     return out
 
 
@@ -416,16 +488,16 @@ def concatenate(parts: list[Pending]) -> Pending:
     return Pending(torch.cat(xs, 1), *vectors, *parts[0][5:])
 
 
-def _cat(tensors, dim=0, *, out=None):
+def _cat(tensors, dim=0, **rest):
     lazily = all(type(z) is LazyTensor and unchanged(z) for z in tensors)
-    if not lazily or dim != 1 or out is not None or len({z.nchw for z in tensors}) != 1:
+    if not lazily or dim != 1 or rest or len({z.nchw for z in tensors}) != 1:
         return NotImplemented
     parts = [z.pending for z in tensors]
     if not may_concatenate(parts) or len({p.x.shape[2:] for p in parts}) != 1:
         return NotImplemented
-    if _listeners:
-        for z in tensors:
-            tell(z.source, "concatenated")
+    for z in tensors:
+        take(z)
+        tell(z.source, "concatenated")
     return LazyTensor(concatenate(parts), tensors[0].nchw, tensors[0].source)
 
 
@@ -449,17 +521,15 @@ def _item(x, index):
 PLAIN = (Tensor, nn.Parameter, LazyTensor)
 
 
-def _watched(func: Callable) -> Callable:
-    """For who wants to see the gradient: from here on z is real, so that all of it passes there."""
-
-    def rule(z: Tensor, *args: Any) -> Any:
-        if type(z) is not LazyTensor:
-            return NotImplemented
-        watched = real(z)
-        z.pending = z.raw = None
-        return func(watched, *args)
-
-    return rule
+def _gradient(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch.autograd.grad and backward: with respect to z they see what was computed from z itself only."""
+    for z in kwargs.get("inputs") or (args[0] if args else ()):
+        if type(z) is LazyTensor and z.passed and z.pending is not None:
+            raise RuntimeError(
+                f"mnops left the output of {z.source or 'a fused layer'} pending, and the gradient goes past it: "
+                "call retain_grad() or register_hook() on it before the next layer, or mnops.unfuse the model"
+            )
+    return NotImplemented
 
 
 METADATA = {
@@ -467,6 +537,12 @@ METADATA = {
     Tensor.requires_grad.__get__, Tensor.ndim.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__,
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__,
     Tensor.is_contiguous, Tensor.is_floating_point, Tensor.get_device, torch.is_floating_point, torch.numel,
+}  # fmt: skip
+
+FOR_GOOD = {  # watch a tensor, give its memory away or change what autograd knows of it: z is real from then on
+    Tensor.grad_fn.__get__, Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_,
+    Tensor.requires_grad.__set__, Tensor.detach_, Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy,
+    Tensor.__array__,
 }  # fmt: skip
 
 RULES: dict[Callable, Callable] = {
@@ -478,6 +554,5 @@ RULES: dict[Callable, Callable] = {
     torch.add: _add, Tensor.add: _add, Tensor.__add__: _add, Tensor.__radd__: _add,
     Tensor.add_: _add_in_place, Tensor.__iadd__: _add_in_place,
     torch.cat: _cat, torch.concat: _cat, Tensor.__getitem__: _item,
-    Tensor.grad_fn.__get__: _watched(Tensor.grad_fn.__get__),
-    Tensor.register_hook: _watched(Tensor.register_hook), Tensor.retain_grad: _watched(Tensor.retain_grad),
+    torch.autograd.grad: _gradient, torch.autograd.backward: _gradient,
 }  # fmt: skip

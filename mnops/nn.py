@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from mnops import backends, lazy, ops, sync
-from mnops.functional import refuse_single_value, update_running
+from mnops.functional import refuse_single_value, running_statistics, update_running
 from mnops.ops import Pending
 from mnops.ops._contract import same_padding
 from mnops.ops.separable_conv2d import SeparableBlock
@@ -186,7 +186,7 @@ def _measures(bn: nn.Module) -> bool:
 
 def _running(bn: nn.Module, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """bn's running mean, without the bias of the convolution, which the ops leave out, and its variance."""
-    mean, var = bn._buffers["running_mean"], bn._buffers["running_var"]
+    mean, var = running_statistics(bn._buffers["running_mean"], bn._buffers["running_var"])
     return mean if bias is None else mean.to(wide(x)) - bias, var
 
 

@@ -35,7 +35,8 @@ def pending_args(x: Tensor | Pending, cast: bool = True) -> tuple:
     """x, mean, var, gamma, beta, eps, act of the schemas.
 
     Under autocast a convolution's x takes the autocast dtype, as with F.conv2d; its weight need not, because
-    the kernels accumulate in fp32 anyway. Norm vectors of half modules are widened.
+    the kernels accumulate in fp32 anyway; what is pending on x is done before, in its own precision. Norm vectors
+    of half modules are widened.
     """
     if not isinstance(x, Pending):
         x = Pending(x)
@@ -46,6 +47,10 @@ def pending_args(x: Tensor | Pending, cast: bool = True) -> tuple:
     if cast and device != "meta" and torch.is_autocast_enabled(device):  # meta tensors have no autocast
         dtype = torch.get_autocast_dtype(device)
         if t.dtype != dtype and t.dtype in DTYPES and t.dtype != torch.float64:
+            if mean is not None:
+                from mnops.ops.norm_act import norm_act  # which stands on this module
+
+                t, mean, var, gamma, beta, act = norm_act(x), None, None, None, None, "none"
             t = t.to(dtype)
     return t, *norm_args(t, mean, var, gamma, beta, eps, act)
 
