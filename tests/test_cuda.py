@@ -55,37 +55,41 @@ def test_kernels_under_the_emulation(emulation):
     print(result.stdout.splitlines()[-1])
 
 
-TUNED = (
-    ("depthwise_conv2d_forward", "sm_80"),
-    ("depthwise_conv2d_forward", "sm_90"),
-    ("depthwise_conv2d_backward", "sm_90"),
-)
+PLAIN = r"plain_|_any|I[^E]*d[dE]"  # kernels for what no other serves, and those of fp64
 
 
-def usage(file: Path, arch: str) -> str:
-    """What cuobjdump, which Triton brings, says of the kernels in it that are for that architecture."""
+def stacks(file: Path) -> list[tuple[str, str, str]]:
+    """Of the tuned kernels in it: name, bytes of stack, where spills and local arrays lie, and of local memory."""
     knobs = pytest.importorskip("triton.knobs", reason="cuobjdump comes with the package triton")
-    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--gpu-architecture", arch, file]
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    kernels = re.findall(r"Function (\w+):\n\s*REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", listed)
+    return [kernel for kernel in kernels if not re.search(PLAIN, kernel[0])]
 
 
-@pytest.mark.parametrize(("source", "arch"), TUNED)
-def test_tuned_kernels_stay_in_registers(source, arch, tmp_path):
-    """No spill and no array in local memory, for any of them: in the built library, else compiled for this."""
+def test_tuned_kernels_stay_in_registers():
+    """For any of the GPUs that the library is built for."""
+    library = Path(mnops.__file__).parent / "libmnops_cuda.so"
+    if not library.exists():
+        pytest.skip("needs the CUDA library, which a build makes where nvcc is")
+    kernels = stacks(library)
+    assert len(kernels) > 100, kernels
+    assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]
+
+
+def test_kernels_for_another_gpu_stay_in_registers(tmp_path):
+    """The largest source, for sm_80, which has most to hold."""
     if shutil.which("nvcc") is None or not (ROOT / "csrc" / "cuda").is_dir():
         pytest.skip("needs nvcc and the sources")
-    kernel = rf"Function (\w*_{source}_cu_\w+):\n\s*REG:\d+ STACK:(\d+) .*LOCAL:(\d+)"
-    kernels = re.findall(kernel, usage(Path(mnops.__file__).parent / "libmnops_cuda.so", arch))
-    if not kernels:
-        cubin, include = tmp_path / "cubin", Path(torch.__file__).parent / "include"
-        command = [
-            "nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-DUSE_CUDA",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", ROOT / "csrc", "-isystem", include,
-            "-isystem", include / "torch" / "csrc" / "api" / "include", ROOT / "csrc" / "cuda" / f"{source}.cu",
-            "-o", cubin,
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-10000:]
-        kernels = re.findall(kernel, usage(cubin, arch))
+    cubin, include = tmp_path / "cubin", Path(torch.__file__).parent / "include"
+    command = [
+        "nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-cubin", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", ROOT / "csrc", "-isystem", include,
+        "-isystem", include / "torch" / "csrc" / "api" / "include",
+        ROOT / "csrc" / "cuda" / "depthwise_conv2d_forward.cu", "-o", cubin,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-10000:]
+    kernels = stacks(cubin)
     assert len(kernels) > 10, kernels
     assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]

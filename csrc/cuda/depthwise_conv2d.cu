@@ -4,7 +4,6 @@
 
 #include "common/depthwise_shape.h"
 #include "cuda/finish.cuh"
-#include "cuda/launch.cuh"
 
 namespace mnops::cuda {
 namespace {

@@ -1,14 +1,10 @@
 // depthwise_conv2d between its launches (depthwise_conv2d.cu) and its kernels, in files of their own so that they compile
 // side by side: depthwise_conv2d_forward.cu, depthwise_conv2d_backward.cu, depthwise_conv2d_any.cu.
 #pragma once
-#include <functional>
-
-#include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 
 namespace mnops::cuda {
 
-// `chunks` blocks leave their sums of each channel in a workspace: how many is up to the kernel that serves, which calls
-// `prepare` for the pointers before it is launched.
 template <class S, class T> struct DepthwiseForward {
   DepthwiseShape size;
   const S* x;
@@ -30,8 +26,6 @@ template <class S, class T> struct DepthwiseBackward {
   NormPointers<T> norm;
   IncomingPointers<T> incoming;
 };
-
-template <class A> using Prepare = std::function<void(A&)>;
 
 // The tuned kernels, NHWC. False: there is none for this shape or alignment.
 template <class S> bool depthwise_forward(DepthwiseForward<S, float>& a, const Prepare<DepthwiseForward<S, float>>& prepare, cudaStream_t stream);
@@ -77,7 +71,7 @@ template <int COUNT> __device__ __forceinline__ uint32_t columns_inside(int64_t 
 
 // COUNT packs of a row that starts at `row`, `step` elements apart; zeros where the mask has none.
 template <int COUNT, class S, int VEC>
-__device__ __forceinline__ void load_row(const S* row, int64_t step, uint32_t mask, Pack<S, VEC> (&to)[COUNT]) {
+__device__ __forceinline__ void load_row(const S* row, int step, uint32_t mask, Pack<S, VEC> (&to)[COUNT]) {
 #pragma unroll
   for (int j = 0; j < COUNT; j++) to[j] = mask >> j & 1 ? load_pack<S, VEC>(row + j * step) : zero_pack<S, VEC>();
 }
@@ -106,11 +100,22 @@ template <class Tile, class S> DepthwiseCut depthwise_cut(const DepthwiseShape& 
   return k;
 }
 
-// Whether a tuned kernel's indices fit: rows and columns are ints in it.
+// Whether a tuned kernel's indices fit: rows and columns are ints in it, and so is the way across a strip's 32 columns.
 inline bool depthwise_fits(const DepthwiseShape& s) {
   const int64_t most = 1 << 24;
   return s.h < most && s.w < most && s.ho < most && s.wo < most && s.pad_top < most && s.pad_left < most && s.dh < 4096 &&
-         s.dw < 4096 && (s.ho + s.h) * (s.wo + s.w) < int64_t(1) << 31;
+         s.dw < 4096 && (s.ho + s.h) * (s.wo + s.w) < int64_t(1) << 31 && s.dw * s.c < int64_t(1) << 26;
+}
+
+// Calls run(K, STRIDE), both constants, where there are tuned kernels of this size; it says whether they serve.
+template <class F> bool depthwise_tuned(const DepthwiseShape& s, F run) {
+  const auto is = [&](int kernel, int stride) { return s.kh == kernel && s.kw == kernel && s.sh == stride && s.sw == stride; };
+  const std::integral_constant<int, 1> one{};
+  const std::integral_constant<int, 2> two{};
+  const std::integral_constant<int, 3> three{};
+  const std::integral_constant<int, 5> five{};
+  if (!depthwise_fits(s)) return false;
+  return is(3, 1) ? run(three, one) : is(3, 2) ? run(three, two) : is(5, 1) ? run(five, one) : is(5, 2) && run(five, two);
 }
 
 }  // namespace mnops::cuda

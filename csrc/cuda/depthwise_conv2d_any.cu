@@ -5,7 +5,6 @@
 // so that neighbouring threads have neighbouring addresses in both layouts. Sums go to a workspace: no atomics.
 // It serves what the tuned kernels do not, several times slower than they would.
 #include "cuda/depthwise_conv2d.cuh"
-#include "cuda/launch.cuh"
 
 namespace mnops::cuda {
 namespace {

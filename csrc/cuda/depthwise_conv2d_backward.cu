@@ -8,7 +8,6 @@
 // a band. The weight gradient and the sums go to a workspace, a row a block, and are added by finish.cuh: no atomics.
 // It loses where bands are short (a batch of one), and where STRIP does not divide the width.
 #include "cuda/depthwise_conv2d.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/tiles.cuh"
 
 namespace mnops::cuda {
@@ -42,14 +41,13 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
     incoming.load(a.incoming, c0);
     const Bounds<T> bounds(a.norm.act);
     const int height = int(s.h), width = int(s.w), out_height = int(s.ho);
-    const int64_t step = s.dw * s.c, in_row = s.dh * s.w * s.c, out_row = s.dh * s.wo * s.c;
+    const int step = int(s.dw * s.c);
 
     for (int64_t lane = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; lane < k.lanes; lane += int64_t(gridDim.y) * blockDim.y) {
       const LanePosition at(lane, k, s);
       const int first_row = k.first_row + at.band * k.band, first_column = k.first_column + at.strip * STRIP;
       const int out_h = at.phase_h + s.dh * first_row, out_w = at.phase_w + s.dw * (first_column - (OPEN - 1));
-      const int in_h = at.phase_h * STRIDE - s.pad_top + s.dh * STRIDE * first_row;
-      const int in_w = at.phase_w * STRIDE - s.pad_left + s.dw * STRIDE * first_column;
+      const int in_h = STRIDE * out_h - s.pad_top, in_w = STRIDE * (out_w + s.dw * (OPEN - 1)) - s.pad_left;
       const uint32_t out_mask = columns_inside<WINDOW>(out_w, s.dw, s.wo), in_mask = columns_inside<COLUMNS>(in_w, s.dw, width);
       int rows = (height - in_h + s.dh * STRIDE - 1) / (s.dh * STRIDE);
       rows = rows < k.band ? rows : k.band;
@@ -60,10 +58,9 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
         const int h = in_h + s.dh * (STRIDE * i + e);
         return h >= 0 && h < height;
       };
-      const int64_t out_from = ((at.n * s.ho + out_h) * s.wo + out_w) * s.c + c0;
-      const int64_t in_from = ((at.n * s.h + in_h) * s.w + in_w) * s.c + c0;
-      const auto out_at = [&](int i) { return out_from + i * out_row; };
-      const auto in_at = [&](int i, int e) { return in_from + (STRIDE * i + e) * in_row; };
+      // Addresses anew for every row: kept, they cost registers.
+      const auto out_at = [&](int i) { return ((at.n * s.ho + out_h + s.dh * i) * s.wo + out_w) * s.c + c0; };
+      const auto in_at = [&](int i, int e) { return ((at.n * s.h + in_h + s.dh * (STRIDE * i + e)) * s.w + in_w) * s.c + c0; };
       Pack<S, VEC> raw_g[WINDOW], raw_y[WINDOW], raw_x[STRIDE][COLUMNS];
       const auto load_out = [&](int i) {
         const uint32_t mask = out_inside(i) ? out_mask : 0u;
@@ -201,18 +198,14 @@ void run(DepthwiseBackward<S, float>& a, const Prepare<DepthwiseBackward<S, floa
 template <class S>
 bool depthwise_backward(DepthwiseBackward<S, float>& a, const Prepare<DepthwiseBackward<S, float>>& prepare, cudaStream_t stream) {
   const DepthwiseShape& s = a.size;
-  const auto serves = [&](int kernel, int stride, auto traits) {
-    constexpr int VEC = decltype(traits)::VEC;
+  return depthwise_tuned(s, [&](auto kernel, auto stride) {
+    constexpr int K = decltype(kernel)::value, STRIDE = decltype(stride)::value, VEC = BackwardTraits<S, K, STRIDE>::VEC;
     // With a common factor of stride and dilation the phases of the output meet in some pixels of x and miss others.
-    const bool apart = stride == 1 || (s.dh % stride && s.dw % stride);
-    return s.kh == kernel && s.kw == kernel && s.sh == stride && s.sw == stride && s.c % VEC == 0 && apart &&
-           depthwise_fits(s) && aligned({a.g, a.y, a.x, a.dx}, VEC * sizeof(S));
-  };
-  if (serves(3, 1, BackwardTraits<S, 3, 1>{})) return run<S, 3, 1>(a, prepare, stream), true;
-  if (serves(3, 2, BackwardTraits<S, 3, 2>{})) return run<S, 3, 2>(a, prepare, stream), true;
-  if (serves(5, 1, BackwardTraits<S, 5, 1>{})) return run<S, 5, 1>(a, prepare, stream), true;
-  if (serves(5, 2, BackwardTraits<S, 5, 2>{})) return run<S, 5, 2>(a, prepare, stream), true;
-  return false;
+    const bool apart = STRIDE == 1 || (s.dh % STRIDE && s.dw % STRIDE);
+    if (!apart || s.c % VEC || !aligned({a.g, a.y, a.x, a.dx}, VEC * sizeof(S))) return false;
+    run<S, K, STRIDE>(a, prepare, stream);
+    return true;
+  });
 }
 
 template bool depthwise_backward(DepthwiseBackward<float, float>&, const Prepare<DepthwiseBackward<float, float>>&, cudaStream_t);

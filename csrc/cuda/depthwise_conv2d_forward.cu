@@ -7,7 +7,6 @@
 // once: the floor is x + y. Statistics: each thread's around its own first value, merged by block, then by finish.cuh.
 // It loses where bands are short (a batch of one), and where STRIP does not divide the width.
 #include "cuda/depthwise_conv2d.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/tiles.cuh"
 
 namespace mnops::cuda {
@@ -39,7 +38,7 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
     norm.load(a.norm, c0);
     const Bounds<T> bounds(a.norm.act);
     const int height = int(s.h), width = int(s.w);
-    const int64_t step = s.dw * s.c;
+    const int step = int(s.dw * s.c);
 
     for (int64_t lane = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; lane < k.lanes; lane += int64_t(gridDim.y) * blockDim.y) {
       const LanePosition at(lane, k, s);
@@ -183,17 +182,12 @@ void run(DepthwiseForward<S, float>& a, const Prepare<DepthwiseForward<S, float>
 
 template <class S>
 bool depthwise_forward(DepthwiseForward<S, float>& a, const Prepare<DepthwiseForward<S, float>>& prepare, cudaStream_t stream) {
-  const DepthwiseShape& s = a.size;
-  const auto serves = [&](int kernel, int stride, auto traits) {
-    constexpr int VEC = decltype(traits)::VEC;
-    return s.kh == kernel && s.kw == kernel && s.sh == stride && s.sw == stride && s.c % VEC == 0 && depthwise_fits(s) &&
-           aligned({a.x, a.y}, VEC * sizeof(S));
-  };
-  if (serves(3, 1, ForwardTraits<S, 3, 1>{})) return run<S, 3, 1>(a, prepare, stream), true;
-  if (serves(3, 2, ForwardTraits<S, 3, 2>{})) return run<S, 3, 2>(a, prepare, stream), true;
-  if (serves(5, 1, ForwardTraits<S, 5, 1>{})) return run<S, 5, 1>(a, prepare, stream), true;
-  if (serves(5, 2, ForwardTraits<S, 5, 2>{})) return run<S, 5, 2>(a, prepare, stream), true;
-  return false;
+  return depthwise_tuned(a.size, [&](auto kernel, auto stride) {
+    constexpr int K = decltype(kernel)::value, STRIDE = decltype(stride)::value, VEC = ForwardTraits<S, K, STRIDE>::VEC;
+    if (a.size.c % VEC || !aligned({a.x, a.y}, VEC * sizeof(S))) return false;
+    run<S, K, STRIDE>(a, prepare, stream);
+    return true;
+  });
 }
 
 template bool depthwise_forward(DepthwiseForward<float, float>&, const Prepare<DepthwiseForward<float, float>>&, cudaStream_t);

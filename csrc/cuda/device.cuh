@@ -174,7 +174,7 @@ template <class T> struct NormPointers {
 };
 
 template <class T> __device__ __forceinline__ T norm_scale(const NormPointers<T>& p, int64_t c) {
-  return T((p.gamma ? double(p.gamma[c]) : 1.0) / (p.var ? sqrt(double(p.var[c]) + p.eps) : 1.0));
+  return (p.gamma ? p.gamma[c] : T(1)) / (p.var ? sqrt(p.var[c] + T(p.eps)) : T(1));
 }
 
 template <class T, int VEC> struct NormRegisters {
@@ -192,20 +192,16 @@ template <class T, int VEC> struct NormRegisters {
 
 // The same in one multiply-add, for half precision storage: there |mean| / std of 1000 has cost x its digits already.
 // fp32 and fp64 subtract the mean first.
-template <class S, class T, int VEC> struct FoldedNorm {
+template <class S, class T, int VEC> struct FoldedNorm : NormRegisters<T, VEC> {
+  using Plain = NormRegisters<T, VEC>;
   static constexpr bool folded = sizeof(S) == 2;
-  T mean[VEC], scale[VEC], shift[VEC];
   __device__ __forceinline__ void load(const NormPointers<T>& p, int64_t c) {
+    Plain::load(p, c);
+    if (folded)
 #pragma unroll
-    for (int i = 0; i < VEC; i++) {
-      const T var = p.var ? p.var[c + i] : T(0);
-      mean[i] = p.mean ? p.mean[c + i] : T(0);
-      scale[i] = (p.gamma ? p.gamma[c + i] : T(1)) / (p.var ? sqrt(var + T(p.eps)) : T(1));
-      shift[i] = p.beta ? p.beta[c + i] : T(0);
-      if (folded) shift[i] -= mean[i] * scale[i];
-    }
+      for (int i = 0; i < VEC; i++) this->shift[i] -= this->mean[i] * this->scale[i];
   }
-  __device__ __forceinline__ T pre(T x, int i) const { return (folded ? x : x - mean[i]) * scale[i] + shift[i]; }
+  __device__ __forceinline__ T pre(T x, int i) const { return folded ? x * this->scale[i] + this->shift[i] : Plain::pre(x, i); }
 };
 
 // The gradient that reaches a raw output y whose statistics were used: gy = g + offset + slope * (y - mean),

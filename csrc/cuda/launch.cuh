@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <functional>
 #include <vector>
 
 #include "common/tensors.h"
@@ -51,6 +52,10 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 #endif
 }
+
+// Blocks leave their sums in a workspace, `chunks` of the arguments A: how many is up to the kernel that serves, which
+// calls this for the pointers before it is launched.
+template <class A> using Prepare = std::function<void(A&)>;
 
 constexpr int64_t most_grid_y = 65535;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -131,10 +131,17 @@ norm_act_pool(const S* __restrict__ x, S* __restrict__ z, int64_t hw, int64_t c,
 
 // ---- NCHW: a channel's `rows` = n * hw values lie in planes of hw, c planes apart
 
-// Where value r of a channel lies. Hardware divides 32 bits in a third of the time.
-__device__ __forceinline__ int64_t image_of(int64_t r, int64_t hw) {
-  return (r | hw) >> 31 ? r / hw : int64_t(unsigned(r) / unsigned(hw));
-}
+// Of value r of a channel the image and the place in its plane, kept up as r grows by `step`: a division of 64 bits, a
+// hundred instructions, is for before the loop.
+struct PlanePosition {
+  int64_t image, rest, images_a_step, rest_a_step;
+  __device__ __forceinline__ PlanePosition(int64_t r, int64_t step, int64_t hw)
+      : image(r / hw), rest(r % hw), images_a_step(step / hw), rest_a_step(step % hw) {}
+  __device__ __forceinline__ void advance(int64_t hw) {
+    image += images_a_step, rest += rest_a_step;
+    if (rest >= hw) image++, rest -= hw;
+  }
+};
 
 template <class S, class T, int VEC>
 __global__ void __launch_bounds__(threads_per_block)
@@ -143,8 +150,9 @@ planes_forward(const S* __restrict__ x, const S* __restrict__ residual, S* __res
   NormRegisters<T, 1> n;
   n.load(p, blockIdx.x);
   const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
-  for (int64_t r = begin + threadIdx.x * VEC; r < end; r += threads_per_block * VEC) {
-    const int64_t at = r + (image_of(r, hw) * (c - 1) + blockIdx.x) * hw;
+  PlanePosition place(begin + threadIdx.x * VEC, threads_per_block * VEC, hw);
+  for (int64_t r = begin + threadIdx.x * VEC; r < end; r += threads_per_block * VEC, place.advance(hw)) {
+    const int64_t at = (place.image * c + blockIdx.x) * hw + place.rest;
     const Pack<S, VEC> in = load_pack<S, VEC>(x + at);
     Pack<S, VEC> added = {}, out;  // 0: bits of every S
     if (residual) added = load_pack<S, VEC>(residual + at);
@@ -164,12 +172,13 @@ planes_backward(const S* __restrict__ g, const S* __restrict__ x, S* __restrict_
   n.load(p, blockIdx.x);
   T gp = 0, gpx = 0;
   const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
-  for (int64_t r = begin + threadIdx.x * VEC; r < end; r += threads_per_block * VEC) {
-    const int64_t image = image_of(r, hw), at = r + (image * (c - 1) + blockIdx.x) * hw;
+  PlanePosition place(begin + threadIdx.x * VEC, threads_per_block * VEC, hw);
+  for (int64_t r = begin + threadIdx.x * VEC; r < end; r += threads_per_block * VEC, place.advance(hw)) {
+    const int64_t at = (place.image * c + blockIdx.x) * hw + place.rest;
     const Pack<S, VEC> in = load_pack<S, VEC>(x + at);
     Pack<S, VEC> gi = {}, out;
     if (!pooled) gi = load_pack<S, VEC>(g + at);
-    const T spread = pooled ? widen<T>(g[image * c + blockIdx.x]) / T(hw) : T(0);
+    const T spread = pooled ? widen<T>(g[place.image * c + blockIdx.x]) / T(hw) : T(0);
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
       const T value = widen<T>(in.v[i]);

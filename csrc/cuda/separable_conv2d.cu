@@ -48,7 +48,7 @@ template <class S, class T> __device__ __forceinline__ T tap_at(const SeparableA
 // mean, scale, shift of channel c to v[0], v[32], v[64]; zeros beyond the last, so that the slab ends in zeros.
 template <class T> __device__ __forceinline__ void set_norm(T* v, const NormPointers<T>& p, int c, bool there) {
   v[0] = there && p.mean ? p.mean[c] : T(0);
-  v[separable_chunk] = there ? (p.gamma ? p.gamma[c] : T(1)) / (p.var ? sqrt(p.var[c] + T(p.eps)) : T(1)) : T(0);
+  v[separable_chunk] = there ? norm_scale(p, c) : T(0);
   v[2 * separable_chunk] = there && p.beta ? p.beta[c] : T(0);
 }
 
