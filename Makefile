@@ -4,7 +4,7 @@
 # make test-arm    cross-compiles for aarch64 and tests that under emulation (x86-64 Debian; root for apt, the first time)
 # make lint     what CI of a pull request would complain about;  make format mends what a tool can mend
 # make test-gpu    on a machine with a GPU, a PyTorch of its own and nvcc, no network: builds in place, tests ops on the GPU
-# make bench-gpu    there, too: the GPU's benchmark, resumable; rows in benchmarks/results
+# make bench-gpu    there, too: the GPU's benchmark, resumable; rows in benchmarks/results; ARGS="--seconds 500"
 # make bench-guard    has anything become slower than the committed rows say?
 # make clean    removes the environment and what was built
 #

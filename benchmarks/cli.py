@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import guard, harness, kernels, machine, shapes, startup
+from . import choose, guard, harness, kernels, machine, rows, shapes, startup
 from .harness import Options
 from .network_case import NetworkCase, TorchvisionCase
 from .peers import PEERS, Case
@@ -20,7 +22,7 @@ QUICK = machine.ROOT / "runs" / "bench-quick.csv"
 
 # Each published table is one command, and `bench all` is all of them but the EXTRA ones: a quarter of an hour
 # on two cores, most of it in compilers.
-EXTRA = ("bfloat16", "kernels", "autotune", "calls")
+EXTRA = ("bfloat16", "kernels")
 TABLES = {
     "cpu": {
         "depthwise": "ops --op depthwise --pass train --budget 3",
@@ -39,20 +41,29 @@ TABLES = {
         "bfloat16": "net --networks 1.0-224 --pass train infer --batch 16 --dtype bfloat16 --budget 4 "
         "--peers mnops torch-nchw torch-channels_last",
     },
-    "cuda": {
+    "cuda": {  # what matters most comes first: time on a GPU may end
+        "depthwise": "ops --op depthwise stem --form chained --pass train --batch 256 --dtype bfloat16 "
+        "--launch graph --budget 1",
         "training": "net --networks 1.0-224 --pass train --batch 256 --dtype bfloat16 --launch graph "
         "--budget 3",
-        "inference": "net --networks 1.0-224 --pass infer --batch 1 256 --dtype bfloat16 --launch graph "
-        "--budget 3",
-        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --batch 128 "
-        "--dtype bfloat16 --launch graph --budget 1 --peers mnops-triton",
-        "depthwise": "ops --op depthwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2",
-        "pointwise": "ops --op pointwise --pass train --batch 128 --dtype bfloat16 --launch graph --budget 2 "
-        "--peers mnops-triton torch-nchw torch-channels_last",
-        "startup": "startup --peers mnops-triton torch-channels_last torch-compile",
-        "calls": "net --pass train infer --batch 256 --dtype bfloat16 --budget 4",
+        "pointwise": "ops --op pointwise --form chained --pass train --batch 256 --dtype bfloat16 --launch graph "
+        "--budget 1 --peers mnops-triton torch-nchw torch-channels_last",
+        "inference": "net --networks 1.0-224 --pass infer --batch 256 1 --dtype bfloat16 --launch graph "
+        "--budget 2",
+        "roofline": "ops --op depthwise pointwise --form chained --pass forward backward --batch 256 "
+        "--dtype bfloat16 --launch graph --budget 0.5 --peers mnops-cuda mnops-triton",
+        "precisions": "ops --op depthwise --form chained --pass train --batch 256 --dtype float32 float16 "
+        "--launch graph --budget 1",
+        "standalone": "ops --op depthwise pointwise --form standalone --pass train --batch 256 --dtype bfloat16 "
+        "--launch graph --budget 1",
+        "calls": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --budget 2 "
+        "--peers mnops-cuda mnops-triton torch-channels_last torch-compile",
+        "hostile": "ops --shapes mobilenet_v2 mobilenet_v3 hostile --op depthwise --form chained --pass train "
+        "--batch 1 64 --dtype bfloat16 --launch graph --budget 0.5",
+        # whose compiler takes minutes; MNOPS_AUTOTUNE=1 gives the same to mnops
         "autotune": "net --networks 1.0-224 --pass train infer --batch 256 --dtype bfloat16 --launch graph "
-        "--budget 4 --peers mnops-triton torch-compile-max",
+        "--budget 3 --peers mnops-triton torch-compile-max",
+        "startup": "startup --peers mnops-triton torch-channels_last torch-compile",
     },
 }
 PEERS_OF = {
@@ -60,10 +71,9 @@ PEERS_OF = {
     "net cpu": "mnops mnops-recompute torch-nchw torch-channels_last torch-compile torch-frozen timm "
     "onnxruntime openvino xnnpack",
     # mnops by name of the backend: by default the reference serves on a GPU, until one has run the others' tests
-    "ops cuda": "mnops-triton torch-nchw torch-channels_last torch-compile",
-    "net cuda": "mnops-triton torch-nchw torch-channels_last torch-compile torch-compile-max torch-frozen "
-    "timm",
-    "quick cuda": "mnops-triton torch-channels_last torch-compile",
+    "ops cuda": "mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile",
+    "net cuda": "mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile torch-frozen timm",
+    "quick cuda": "mnops-cuda mnops-triton torch-channels_last torch-compile",
     "quick cpu": "mnops torch-nchw torch-channels_last onnxruntime openvino",
 }
 
@@ -77,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         ("kernels", "the micro-kernels of each instruction set on one thread, against copy bandwidth"),
         ("startup", "import, first forward, first training step"),
         ("guard", "rerun a short subset and compare its ratios with the committed ones"),
+        ("choose", "from the rows of GPUs, which backend the registry is to pick for which layer"),
         ("all", "every published table: " + ", ".join(n for n in TABLES["cpu"] if n not in EXTRA)),
         ("table", "one published table"),
     ):
@@ -107,12 +118,13 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument(
                 "--launch", default="call", choices=["call", "graph"], help="graph: CUDA graph replay"
             )
-        if name not in ("table", "all"):
+        if name not in ("table", "all", "choose"):
             p.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help=", ".join(PEERS))
             p.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
         p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         p.add_argument("--budget", type=float, help="seconds of timing per case (8, or the table's own)")
         p.add_argument("--rounds", type=int, nargs=2, default=(7, 40), metavar=("LEAST", "MOST"))
+        p.add_argument("--seconds", type=float, help="begin no case after so many; the next call goes on")
         p.add_argument(
             "--quick", action="store_true", help="a trial: few cases and rounds, into " + str(QUICK.name)
         )
@@ -125,8 +137,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    if args.command == "choose":
+        return choose.run(rows.read(args.results) if args.results else rows.read_all(RESULTS))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench: --device cuda needs a GPU that torch can use, and there is none")
+    end = time.monotonic() + args.seconds if args.seconds else math.inf
     if args.command in ("table", "all"):
         given = [f"--{k}" for k in ("quick", "fresh") if getattr(args, k)]
         given += ["--budget", str(args.budget)] if args.budget else []
@@ -137,7 +152,10 @@ def main(argv: list[str]) -> int:
             raise SystemExit(f"bench: the tables on {args.device} are {', '.join(tables)}, got {args.table}")
         for name in [n for n in tables if n not in EXTRA] if args.command == "all" else [args.table]:
             print(f"{name}: python -m mnops bench {tables[name]}", flush=True)
-            main([*shlex.split(tables[name]), *given])
+            if (left := end - time.monotonic()) <= 0:
+                print(f"{args.seconds:.0f} s are over: the next call goes on here")
+                break
+            main([*shlex.split(tables[name]), *given, *(["--seconds", str(left)] if args.seconds else [])])
         return 0
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True  # as every training recipe has it
@@ -152,6 +170,7 @@ def main(argv: list[str]) -> int:
         budget=1.0 if args.quick else args.budget or 8.0,
         rounds=(5, 10) if args.quick else tuple(args.rounds),
         fresh=args.fresh or args.quick,
+        end=end,
     )
     for threads in args.threads:
         now = replace(options, threads=threads)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +37,7 @@ class Options:
     budget: float = 8.0  # seconds of timing per case
     rounds: tuple[int, int] = (7, 40)
     fresh: bool = False  # measure again what is already there
+    end: float = math.inf  # of time.monotonic: no case begins after it
 
 
 def run(cases: Iterable[Case], options: Options) -> list[Row]:
@@ -60,6 +63,9 @@ def run(cases: Iterable[Case], options: Options) -> list[Row]:
             c = case.columns
             bar.set_postfix_str(f"{c['case']} {c['form']} {c['pass']} {c['batch']} {c['dtype']}")
             if options.fresh or not finished(case, options):
+                if time.monotonic() > options.end:
+                    bar.write(f"time is over: {len(cases) - done} cases are left for the next call")
+                    break
                 new = measure(case, options, lambda share, done=done: advance(bar, done + share))
                 rows.write(options.results, new)
                 for row in new:

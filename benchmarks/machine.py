@@ -13,6 +13,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ MEASURED = [
     "CMakeLists.txt",
     "setup.py",
     ":!mnops/bench.py",
+    ":!mnops/measured.csv",
     ":!mnops/report.py",
     ":!mnops/train",
 ]
@@ -38,6 +40,12 @@ def synchronize(device: str) -> None:
 def fastest() -> str:
     """Where the truth is computed."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def drawn(seed: int) -> Callable[..., torch.Tensor]:
+    """torch.randn of that seed, on the fastest device: batches for a GPU take a CPU seconds."""
+    device = fastest()
+    return functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 @functools.cache
@@ -69,7 +77,7 @@ def name(device: str) -> str:
 
 @functools.cache
 def gpu_software(device: str) -> dict[str, str]:
-    """What rows of a GPU name beside it: the versions of Triton and of the driver."""
+    """What rows of a GPU name beside it: its compute capability (90: 9.0), the versions of Triton and of the driver."""
     if device != "cuda":
         return {}
     try:
@@ -81,7 +89,8 @@ def gpu_software(device: str) -> dict[str, str]:
         said = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
         said = "unknown"
-    return {"triton": triton, "driver": said}
+    major, minor = torch.cuda.get_device_capability()
+    return {"capability": str(10 * major + minor), "triton": triton, "driver": said}
 
 
 def slug(name: str) -> str:

@@ -86,9 +86,8 @@ class NetworkCase:
     def buffers(self, layout: str, device: str) -> Buffers:
         """(images, labels), fp32: autocast makes a half-precision network of it. Two are enough, as a step
         moves more than a cache holds."""
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(self.batch, 3, self.network.size, self.network.size, generator=generator)
-        labels = torch.randint(CLASSES, (self.batch,), generator=generator).to(device)
+        x = machine.drawn(1)(self.batch, 3, self.network.size, self.network.size)
+        labels = torch.randint(CLASSES, (self.batch,), generator=torch.Generator().manual_seed(2)).to(device)
         return [(x.to(device, memory_format=FORMATS[layout], copy=True), labels) for _ in range(2)]
 
     def step(self, f: Callable[[Tensor], Tensor], parameters: list[Tensor], buffers: Buffers) -> Step:

@@ -55,6 +55,7 @@ COLUMNS = (
     "kernel",  # what the profiler saw run, with its share of the time
     "cache_bytes",
     "torch",
+    "capability",
     "triton",
     "driver",  # of the GPU
     "commit",

@@ -29,7 +29,8 @@ def error(got: list[Any], truth: list[Tensor]) -> float:
         return math.inf
     worst = 0.0
     for a, b in zip(got, truth):
-        a, b = torch.as_tensor(a).detach().double().cpu(), b.double().cpu()
+        b = b.double()
+        a = torch.as_tensor(a).detach().to(b.device, torch.float64)
         if a.shape != b.shape:
             return math.inf
         worst = max(worst, ((a - b).norm() / b.norm().clamp_min(1e-30)).nan_to_num(math.inf).item())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-from mnops import _native
+from mnops import _native, measured
 
 
 class Backend(NamedTuple):
@@ -101,13 +101,14 @@ def _known(name: str, what: str) -> None:
 _forced: str | None = os.environ.get("MNOPS_BACKEND") or None
 if _forced:
     _known(_forced, "MNOPS_BACKEND")
-_chosen: dict[tuple[str | None, str, str], str] = {}
+_chosen: dict[tuple[str | None, str, str, measured.Shape | None], str] = {}
 
 
-def _choose(forced: str | None, op: str, device: str) -> str:
-    key = forced, op, device
+def _choose(forced: str | None, op: str, device: str, shape: measured.Shape | None = None) -> str:
+    key = forced, op, device, shape
     if key not in _chosen:
-        name = serving(forced, op, device) if forced else _first(BACKENDS, op, device)
+        fastest = measured.best(op, shape) if device == measured.DEVICE and not forced else []
+        name = serving(forced, op, device) if forced else _first([*fastest, *BACKENDS], op, device)
         _chosen[key] = BACKENDS[name].namespace
     return _chosen[key]
 
@@ -117,11 +118,15 @@ def _choose(forced: str | None, op: str, device: str) -> str:
 _choose._dynamo_marked_constant = True
 
 
-def choose(op: str, device: str) -> str:
-    """The `torch.ops` namespace that serves `op` on device type `device`: the forced backend's or the best.
+def choose(op: str, device: str, args: tuple = ()) -> str:
+    """The `torch.ops` namespace that serves `op` on device type `device`: the forced backend's, or the one measured
+    to be fastest on such a GPU (with `args`, the op's own: for such a layer), or the first that serves.
 
     Raises RuntimeError with the reason if neither the forced backend nor its fallback serves it.
     """
+    eager = args and not torch.compiler.is_compiling()  # a compiler's graph takes the op's usual one
+    if eager and op in measured.OPS and device == measured.DEVICE and _forced is None:
+        return _choose(None, op, device, measured.Shape.of(op, args))
     return _choose(_forced, op, device)
 
 
@@ -152,8 +157,9 @@ def chosen_native(op: str, device: str) -> bool:
 
 
 def _together(forced: str | None, ops: tuple[str, ...], device: str) -> bool:
+    reference = BACKENDS["reference"].namespace
     try:
-        return len({_choose(forced, op, device) for op in ops}) == 1
+        return len({_choose(forced, op, device) == reference for op in ops}) == 1
     except RuntimeError:
         return False
 
@@ -162,7 +168,7 @@ _together._dynamo_marked_constant = True
 
 
 def together(*ops: str, device: str) -> bool:
-    """Whether one backend serves all of these ops on device type `device`."""
+    """Whether on device type `device` the reference serves all of these ops, or none."""
     return _together(_forced, ops, device)
 
 

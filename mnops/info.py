@@ -11,7 +11,7 @@ import torch
 
 def lines() -> list[tuple[str, str]]:
     """(key, value) pairs, in the order printed."""
-    from mnops import _C, _native, backends, ops
+    from mnops import _C, _native, backends, measured, ops
 
     pairs = [(f"build.{key}", value) for key, value in _native.build_info().items()]
     pairs += [
@@ -31,6 +31,7 @@ def lines() -> list[tuple[str, str]]:
     for backend in backends.BACKENDS.values():
         if backend.fallback:
             pairs.append((f"{backend.name}.fallback", f"{backend.fallback} serves the ops that {backend.name} lacks"))
+    pairs.append(("cuda.measured", ", ".join(sorted(measured.OPS)) or "nothing: an op's first backend serves"))
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         for op in (name for name in ops.__all__ if name != "Pending"):

@@ -183,11 +183,19 @@ def test_a_second_run_measures_nothing_again(options):
     assert len(harness.run([case], options("torch-nchw", fresh=True))) == 1
 
 
+def test_no_case_begins_when_time_is_over(options):
+    cases = [LayerCase(SMALL, "standalone", "train", batch, torch.float32) for batch in (1, 2, 3)]
+    peer = "torch-nchw"
+    assert len(harness.run(cases[:1], options(peer))) == 1
+    assert harness.run(cases, options(peer, end=0.0)) == []  # the first is there, the others must wait
+    assert len(harness.run(cases, options(peer))) == 2
+
+
 def test_rows_are_complete(options):
     # In a process of its own.
     [row] = harness.run([NetworkCase(TINY, "train", 4, torch.float32)], options("torch-nchw"))
     left_out = {c for c in rows.COLUMNS if row.get(c) is None}
-    assert left_out == {"triton", "driver"}  # those of a GPU
+    assert left_out == {"capability", "triton", "driver"}  # those of a GPU
     assert row["saved_bytes"] > 0
     assert row["peak_bytes"] > row["saved_bytes"] / 2
     assert row["floor_ms"] == pytest.approx(1e3 * max(row["bytes"] / 10e9, row["flops"] / 100e9))
@@ -319,3 +327,32 @@ def test_what_a_contender_dies_of_in_its_process_is_told():
 def test_memory_that_mnops_keeps_is_counted():
     x = torch.ones(1, 16, 128, 128).to(memory_format=torch.channels_last).requires_grad_()
     assert memory.saved_bytes(lambda: ops.norm_act(ops.Pending(x, act="relu")), "cpu") == 4 * x.numel()
+
+
+def test_the_fastest_backend_of_a_kind_of_layer_is_chosen(tmp_path, monkeypatch, capsys):
+    choose, measured = load("choose"), pytest.importorskip("mnops.measured")
+
+    def row(contender, ms, batch=1, shape="8x56x56->8 k3 s1 p1 d1 relu", check="ok", dtype="bfloat16", op="depthwise"):
+        plain = dict(suite="ops", form="chained", op=op, shape=shape, dtype=dtype, capability="90")
+        timed = {"contender": contender, "check": check, "commit": "c", "p50_ms": ms}
+        return {**dict.fromkeys(rows.KEY, ""), **plain, **timed, "pass": "train", "batch": batch}
+
+    table = [
+        row("mnops-cuda", 1.0), row("mnops-triton", 2.0), row("torch-nchw", 0.1), row("mnops-reference", 9.0),
+        row("mnops-cuda", 1.1, 256), row("mnops-triton", 1.0, 256),  # of which the reference has no row
+        row("mnops-cuda", 0.1, dtype="float32", check="wrong"), row("mnops-triton", 3.0, dtype="float32"),
+        row("mnops-triton", 1.0, shape="8x7x7->16 k1 s1 p0 d1 relu", op="pointwise"),
+        {**row("mnops-cuda", 1.0, shape="4x7x7->4 k5 s2 p2 d1 relu"), "capability": ""},  # not of a GPU
+    ]  # fmt: skip
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.csv")
+    assert choose.run([]) == 2 and not measured.FILE.exists()
+    assert choose.run(table) == 0
+    assert "90 depthwise_conv2d cuda     1 kinds of layer" in capsys.readouterr().out
+    assert measured.read(measured.FILE) == {
+        90: {
+            "depthwise_conv2d": {(2, 3, 1, 1, 8): "cuda", (4, 3, 1, 1, 8): "triton"},
+            "pointwise_conv2d": {(2, 1, 1, 8, 16): "triton"},
+        }
+    }
+    [line] = [line for line in measured.FILE.read_text().splitlines() if line.startswith("90,depthwise_conv2d,2")]
+    assert line.endswith("cuda,triton,1.429")  # (2 + 1) / (1 + 1.1)

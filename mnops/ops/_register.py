@@ -69,7 +69,7 @@ def run(name: str, args: tuple, check: Callable) -> Any:
     if backends.wants_stock(args[0]):
         check(*args)
         return getattr(reference, name)(*args)
-    namespace = backends.choose(name, device)
+    namespace = backends.choose(name, device, args)
     op, function = _ops[namespace, name]
     if torch.compiler.is_compiling():
         check(*args)
