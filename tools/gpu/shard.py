@@ -1,9 +1,15 @@
 """A pytest plugin: of all tests those of one process, SHARD=i/n; tests of a file take turns, so that all end together.
 
-pytest-xdist does this better; a machine without a network need not have it.
+pytest-xdist does this better; a machine without a network need not have it. SIGTERM ends it as Ctrl-C would, with the
+summary: a background process of a script ignores SIGINT.
 """
 
 import os
+import signal
+
+
+def pytest_configure(config):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
