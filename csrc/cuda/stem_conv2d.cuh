@@ -110,17 +110,29 @@ template <class T> struct Tap {
   }
 };
 
+constexpr int at_once = 8;  // loads of a thread under way; beside an activation the compiler would leave one
+
 // z at this lane's tap of all pixels, [PIXELS][pitch] in E.
 template <int PIXELS, class S, class T, class E>
-__device__ __forceinline__ void gather(E* tile, int pitch, const Corner* corners, const Tap<T>& tap, const S* __restrict__ x,
-                                       const StemShape& s, Act act) {
-#pragma unroll 8
-  for (int q = threadIdx.x / 32; q < PIXELS; q += warps) {
-    const Corner corner = corners[q];
-    const bool inside =
-        tap.there && unsigned(corner.h + tap.row) < unsigned(s.h) && unsigned(corner.w + tap.column) < unsigned(s.w);
-    const T z = inside ? activate(act, tap.norm.pre(widen<T>(x[corner.at + tap.at]), 0)) : T(0);
-    narrow(z, tile[q * pitch + threadIdx.x % 32]);
+__device__ __forceinline__ void gather(E* tile, int pitch, const Corner* corners, const Tap<T>& tap, const S* x, const StemShape& s,
+                                       Act act) {
+  static_assert(PIXELS % (warps * at_once) == 0, "whole groups of loads");
+  for (int q0 = threadIdx.x / 32; q0 < PIXELS; q0 += warps * at_once) {
+    Pack<S, 1> raw[at_once];
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < at_once; i++) {
+      const Corner corner = corners[q0 + i * warps];
+      const bool inside =
+          tap.there && unsigned(corner.h + tap.row) < unsigned(s.h) && unsigned(corner.w + tap.column) < unsigned(s.w);
+      raw[i] = inside ? load_pack<S, 1>(x + corner.at + tap.at) : zero_pack<S, 1>();
+      mask |= uint32_t(inside) << i;
+    }
+#pragma unroll
+    for (int i = 0; i < at_once; i++) {
+      const T z = mask >> i & 1 ? activate(act, tap.norm.pre(widen<T>(raw[i].v[0]), 0)) : T(0);
+      narrow(z, tile[(q0 + i * warps) * pitch + threadIdx.x % 32]);
+    }
   }
 }
 

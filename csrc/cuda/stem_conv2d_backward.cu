@@ -51,10 +51,21 @@ template <class S, class T> __global__ void __launch_bounds__(threads) stem_conv
     const int64_t first = tile * Tile::pixels;
     if (first >= s.pixels) break;
     find_corners<Tile::pixels>(corners, first, at, s);
-#pragma unroll 4
-    for (int q = warp; q < Tile::pixels; q += warps) {
-      const int64_t i = (first + q) * s.o + o0 + lane;
-      gy[q * pitch + lane] = there && first + q < s.pixels ? incoming_at(a, incoming, i) : T(0);
+    for (int q0 = warp; q0 < Tile::pixels; q0 += warps * at_once) {
+      Pack<S, 1> raw_g[at_once], raw_y[at_once];
+#pragma unroll
+      for (int i = 0; i < at_once; i++) {
+        const int64_t pixel = first + q0 + i * warps, from = pixel * s.o + o0 + lane;
+        const bool inside = there && pixel < s.pixels;
+        raw_g[i] = inside ? load_pack<S, 1>(a.g + from) : zero_pack<S, 1>();
+        raw_y[i] = inside && a.incoming.g_var ? load_pack<S, 1>(a.y + from) : zero_pack<S, 1>();
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; i++) {
+        const bool inside = there && first + q0 + i * warps < s.pixels;
+        const T v = incoming.gy(widen<T>(raw_g[i].v[0]), widen<T>(raw_y[i].v[0]), 0);
+        gy[(q0 + i * warps) * pitch + lane] = inside ? v : T(0);
+      }
     }
     __syncthreads();
     gather<Tile::pixels>(z, pitch, corners, tap, a.x, s, a.norm.act);
