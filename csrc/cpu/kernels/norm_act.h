@@ -6,41 +6,36 @@
 namespace mnops {
 namespace {
 
-// Norms are loaded once for so many rows; backward, fp32 sums stay in registers for as long and then go to double.
-constexpr int64_t rows_at_once = 16;
+template <int n> struct Count { static constexpr int value = n; };
 
-// U vectors of channels of a few rows.
-template <Act act, bool added, int U, Lanes lanes, class V, class S, class T>
-MNOPS_INLINE void norm_act_columns(const Norm<T>& norm, int64_t channels, int64_t rows, int64_t c, const S* x, const S* residual, S* z) {
-  V mean[U], scale[U], shift[U];
-  for (int u = 0; u < U; u++) {
-    const int64_t at = c + u * V::N;
-    mean[u] = V::load(norm.mean + at), scale[u] = V::load(norm.scale + at), shift[u] = V::load(norm.shift + at);
-  }
-  for (int64_t r = 0, at = c; r < rows; r++, at += channels) {
-    V v[U];  // all loads before the first store: they may then be paired
+// R rows at a time, so that the norm of a vector of channels is loaded once for all of them.
+template <Act act, bool added, int R, class V, class S, class T>
+MNOPS_INLINE void norm_act_rows(const Rows<T>& p, const S* x, const S* residual, S* z) {
+  constexpr int U = 2;  // neighbouring vectors: their loads and stores may be paired
+  for (int64_t c = 0; c < p.c; c += U * V::N)
+    with_lanes(p.c - c >= U * V::N, [&](auto how) {
+      V mean[U], scale[U], shift[U];
+#pragma GCC unroll 2
+      for (int u = 0; u < U; u++) {
+        const int64_t at = c + u * V::N;
+        mean[u] = V::load(p.norm.mean + at), scale[u] = V::load(p.norm.scale + at), shift[u] = V::load(p.norm.shift + at);
+      }
 #pragma GCC unroll 4
-    for (int u = 0; u < U; u++) v[u] = load_lanes<lanes, V>(x + at + u * V::N, channels - c - u * V::N);
-#pragma GCC unroll 4
-    for (int u = 0; u < U; u++) {
-      v[u] = activate<act>(fma(v[u] - mean[u], scale[u], shift[u]));
-      if constexpr (added) v[u] = v[u] + load_lanes<lanes, V>(residual + at + u * V::N, channels - c - u * V::N);
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < U; u++) store_lanes<lanes>(v[u], z + at + u * V::N, channels - c - u * V::N);
-  }
-}
-
-// A cache line of channels at a time, so that its norm is loaded once for all rows; then what is left by vectors.
-template <Act act, bool added, class V, class S, class T>
-MNOPS_INLINE void norm_act_rows(const Norm<T>& norm, int64_t channels, int64_t rows, const S* x, const S* residual, S* z) {
-  constexpr int U = V::N >= 4 ? 16 / V::N : 2;
-  int64_t c = 0;
-  for (; c + U * V::N <= channels; c += U * V::N)
-    norm_act_columns<act, added, U, Lanes::all, V>(norm, channels, rows, c, x, residual, z);
-  for (; c < channels; c += V::N)
-    with_lanes(channels - c >= V::N, [&](auto lanes) {
-      norm_act_columns<act, added, 1, lanes.value, V>(norm, channels, rows, c, x, residual, z);
+      for (int r = 0; r < R; r++) {
+        V v[U], beside[U];
+#pragma GCC unroll 2
+        for (int u = 0; u < U; u++) {
+          const int64_t at = r * p.c + c + u * V::N, left = p.c - c - u * V::N;
+          v[u] = load_lanes<how.value, V>(x + at, left);
+          if constexpr (added) beside[u] = load_lanes<how.value, V>(residual + at, left);
+        }
+#pragma GCC unroll 2
+        for (int u = 0; u < U; u++) {
+          V out = activate<act>(fma(v[u] - mean[u], scale[u], shift[u]));
+          if constexpr (added) out = out + beside[u];
+          store_lanes<how.value>(out, z + r * p.c + c + u * V::N, p.c - c - u * V::N);
+        }
+      }
     });
 }
 
@@ -49,13 +44,15 @@ void norm_act_forward(const Rows<T>& p, int64_t begin, int64_t end) {
   using V = typename Vec<T>::type;
   const S *x = static_cast<const S*>(p.x), *residual = static_cast<const S*>(p.residual);
   S* z = static_cast<S*>(p.out);
-  const Norm<T> norm = p.norm;
-  const int64_t c = p.c;
-  with_act(norm.act, [&](auto act) {
+  with_act(p.norm.act, [&](auto act) {
     with_flag(residual != nullptr, [&](auto added) {
-      for (int64_t r = begin; r < end; r += rows_at_once)
-        norm_act_rows<act.value, added.value, V>(norm, c, least(rows_at_once, end - r), x + r * c,
-                                                 added.value ? residual + r * c : nullptr, z + r * c);
+      auto rows = [&](auto count, int64_t r) {
+        const S* beside = added.value ? residual + r * p.c : nullptr;
+        norm_act_rows<act.value, added.value, count.value, V>(p, x + r * p.c, beside, z + r * p.c);
+      };
+      int64_t r = begin;
+      for (; r + 4 <= end; r += 4) rows(Count<4>{}, r);
+      for (; r < end; r++) rows(Count<1>{}, r);
     });
   });
 }
@@ -72,6 +69,8 @@ MNOPS_INLINE void norm_backward_column(const Rows<T>& p, int64_t begin, int64_t 
   });
   norm.add_to(sums.gp + c, sums.gpx + c, p.c - c);
 }
+
+constexpr int64_t rows_at_once = 16;  // fp32 sums stay in registers for this long, then go to double
 
 template <class S, class T = typename Arithmetic<S>::type>
 void norm_act_backward(const Rows<T>& p, int64_t begin, int64_t end, NormSums sums) {
