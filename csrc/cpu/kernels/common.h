@@ -123,12 +123,11 @@ template <class S, class V> MNOPS_INLINE V rounded(V v) {
   return V::load(stored);
 }
 
-// z = act((x - mean) * scale + shift) for `c` channels of `pixels` pixels, x_stride and z_stride apart. A cache line of
-// channels at a time, its norm in registers; z is padded to whole vectors.
-template <Act act, class V, class S, class T>
+// z = act((x - mean) * scale + shift) for `c` channels of `pixels` pixels, x_stride and z_stride apart. U vectors (a cache
+// line of channels) at a time, their norm in registers; z is padded to whole vectors.
+template <Act act, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T>
 MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_t c, const T* mean, const T* scale,
                             const T* shift, T* z, int64_t z_stride) {
-  constexpr int U = V::N >= 4 ? 16 / V::N : 2;
   for (int64_t i = 0; i < c; i += U * V::N)
     with_lanes(c - i >= U * V::N, [&](auto lanes) {
       const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);
@@ -148,10 +147,9 @@ MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_
 }
 
 // gy = g + offset + slope * (y - mean), likewise. Unmeasured, gy = g and y is not read.
-template <bool measured, class V, class S, class T>
+template <bool measured, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T>
 MNOPS_INLINE void correct(const S* g, const S* y, int64_t stride, int64_t pixels, int64_t c, const T* offset, const T* slope,
                           const T* mean, T* gy, int64_t gy_stride) {
-  constexpr int U = V::N >= 4 ? 16 / V::N : 2;
   for (int64_t i = 0; i < c; i += U * V::N)
     with_lanes(c - i >= U * V::N, [&](auto lanes) {
       const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);

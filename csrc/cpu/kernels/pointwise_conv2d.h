@@ -148,8 +148,8 @@ MNOPS_INLINE void pack_pixels(const Pointwise<T>& p, int64_t m0, int64_t rows, i
   const S* x = static_cast<const S*>(p.x) + m0 * p.k;
   with_act(p.norm.act, [&](auto act) {
     for (int64_t q = panel_begin; q < panel_end; q++, panels += p.mc * NR)
-      normalise<act.value, V>(x + q * NR, p.k, rows, least(NR, p.k - q * NR), p.norm.mean + q * NR, p.norm.scale + q * NR,
-                              p.norm.shift + q * NR, panels, NR);
+      normalise<act.value, V, Shape<V>::nv>(x + q * NR, p.k, rows, least(NR, p.k - q * NR), p.norm.mean + q * NR,
+                                            p.norm.scale + q * NR, p.norm.shift + q * NR, panels, NR);
   });
 }
 
@@ -247,8 +247,9 @@ MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows,
   const S* y = p.incoming.y ? static_cast<const S*>(p.incoming.y) + m0 * p.o : nullptr;
   with_flag(y != nullptr, [&](auto measured) {
     for (int64_t q = 0; q * NR < p.o; q++)
-      correct<measured.value, V>(g + q * NR, y + q * NR, p.o, rows, least(NR, p.o - q * NR), p.incoming.offset + q * NR,
-                                 p.incoming.slope + q * NR, p.incoming.mean + q * NR, panels + q * p.mc * NR, NR);
+      correct<measured.value, V, Shape<V>::nv>(g + q * NR, y + q * NR, p.o, rows, least(NR, p.o - q * NR),
+                                               p.incoming.offset + q * NR, p.incoming.slope + q * NR,
+                                               p.incoming.mean + q * NR, panels + q * p.mc * NR, NR);
   });
 }
 
