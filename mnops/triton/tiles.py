@@ -102,7 +102,8 @@ def pointwise(channels: int, out: int, itemsize: int, gpu: Gpu) -> list[Block]:
     columns = _power(out, 128)
     if channels <= (WHOLE if gpu.shared >= SMALL else 2 * WHOLE // itemsize):
         depth = _power(channels, WHOLE)
-        pixels = 64 if depth * itemsize > 128 else 128
+        # 64 channels in half to 128 outputs spill 248 bytes a thread on 10.0 with 128 pixels
+        pixels = 64 if depth * itemsize > (64 if gpu.capability // 10 == 10 and columns == 128 else 128) else 128
         return _distinct([
             Block(pixels, columns, depth), Block(64, columns, depth), Block(64, columns, depth, 4),
             Block(128, columns, depth),
