@@ -138,10 +138,12 @@ class _Chain:
         value = self.open(x)
         return value if value and lazy.covers(index, _example(value.pending.x).shape) else None
 
-    def cat(self, node, tensors, dim=0):
+    def cat(self, node, tensors, dim=0, **rest):
+        if not isinstance(tensors, (list, tuple)):  # a node that makes a named tuple
+            return None
         values = [self.open(x) for x in tensors]
         parts = [value and value.pending for value in values]
-        if dim != 1 or not lazy.may_concatenate(parts) or len({value.nchw for value in values}) != 1:
+        if dim != 1 or rest or not lazy.may_concatenate(parts) or len({value.nchw for value in values}) != 1:
             return None
         found = self.graph.call_function(_concatenated, ([tuple(p) for p in parts],))
         items = self.items(found, [any(p[i] is not None for p in parts) for i in range(5)])
@@ -170,10 +172,10 @@ class _Chain:
         return value is not None
 
     def batch_norm(
-        self, node, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
+        self, node, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
         eps=1e-5,
     ):  # fmt: skip
-        value = self.open(x)
+        value = self.open(input)
         if value is None or value.raw is None:
             return None
         y, call = value.raw.y, self.graph.call_function
@@ -204,15 +206,15 @@ class _Chain:
             return None
         return self.norm_act(value.pending, self.real_of(other))
 
-    def add(self, node, a, b, *, alpha=1):
-        out = None if alpha != 1 else self.sum(node, b, a) or self.sum(node, a, b)
+    def add(self, node, input, other, **rest):  # alpha, out
+        out = None if rest else self.sum(node, other, input) or self.sum(node, input, other)
         return out and Left(Pending(out), None, real=out)
 
-    def add_in_place(self, node, a, b, *, alpha=1):
-        out = None if alpha != 1 else self.sum(node, a, b)
+    def add_in_place(self, node, input, other, **rest):
+        out = None if rest else self.sum(node, input, other)
         if out is not None:
-            self.left[a].real = out
-        return out and self.left[a]
+            self.left[input].real = out
+        return out and self.left[input]
 
 
 def _vectors(y: Tensor, mean: Any, var: Any, bias: Any, *norm: Any) -> tuple:

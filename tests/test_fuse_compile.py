@@ -9,6 +9,7 @@ import torchvision_support
 from fused_models import NETWORKS, SURPRISES
 from test_fuse import Concatenated, PartlyWithoutGrad, X, everything, fused_convs, pair, run
 from test_fuse_models import prepared
+from test_lazy import Layers, keywords
 from torch import nn
 
 import mnops
@@ -93,7 +94,7 @@ def test_checkpoint():
     assert_compiles(stock, fused, modes=(True,), expected=compiled(stock))
 
 
-@pytest.mark.parametrize("make", [PartlyWithoutGrad, Concatenated])
+@pytest.mark.parametrize("make", [PartlyWithoutGrad, Concatenated, lambda: Layers(keywords)])
 def test_hard_parts(make):
     assert_compiles(*pair(make), modes=(True,))
 
