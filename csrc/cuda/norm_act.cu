@@ -168,11 +168,11 @@ __global__ void __launch_bounds__(threads_per_block)
 planes_backward(const S* __restrict__ g, const S* __restrict__ x, S* __restrict__ dx, T* __restrict__ partial, int64_t rows,
                 int64_t hw, int64_t c, int64_t chunk, bool pooled, NormPointers<T> p) {
   __shared__ T shared[2][threads_per_block];
+  const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
+  PlanePosition place(begin + threadIdx.x * VEC, threads_per_block * VEC, hw);  // first: its divisions are calls
   NormRegisters<T, 1> n;
   n.load(p, blockIdx.x);
   T gp = 0, gpx = 0;
-  const int64_t begin = int64_t(blockIdx.y) * chunk, end = begin + chunk < rows ? begin + chunk : rows;
-  PlanePosition place(begin + threadIdx.x * VEC, threads_per_block * VEC, hw);
   for (int64_t r = begin + threadIdx.x * VEC; r < end; r += threads_per_block * VEC, place.advance(hw)) {
     const int64_t at = (place.image * c + blockIdx.x) * hw + place.rest;
     const Pack<S, VEC> in = load_pack<S, VEC>(x + at);
