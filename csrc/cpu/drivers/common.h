@@ -2,6 +2,7 @@
 // sum. It knows raw pointers and sizes only, so the torch ops and the NumPy bindings share it.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -26,6 +27,15 @@ struct Threads {
 
   // Threads worth waking for this many elements.
   int worth(int64_t elements) const { return int(std::clamp<int64_t>(elements / 16384, 1, count)); }
+
+  // Runs f(0) .. f(chunks - 1), which nobody sums up, on `threads` threads: who is done takes the next chunk, so that a core
+  // that is held up for a while delays the others by a chunk at most.
+  template <class F> void share(int threads, int64_t chunks, F f) const {
+    std::atomic<int64_t> next{0};
+    run(threads, [&](int) {
+      for (int64_t i; (i = next++) < chunks;) f(i);
+    });
+  }
 };
 
 // Whether an output is so large that it has left the last-level cache before the next op reads it: then it is stored past

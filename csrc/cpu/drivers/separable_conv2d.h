@@ -22,23 +22,30 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
   q.m = m, q.k = s.c, q.o = o, q.out = y;
   q.stream = worth_streaming(m * o * int64_t(sizeof(T)));
 
+  const int64_t most_chunks = count > 1 ? 4 * count : 1;
   const int64_t rows = ceil_div(m, kernels.mr);
-  auto pixels = [&](int t) { return std::min(m, rows * t / count * kernels.mr); };
+  auto pixels = [&](int64_t i, int64_t chunks) { return std::min(m, rows * i / chunks * kernels.mr); };
   if (few_pixels(m, s.c) && panels >= count) {
     q.mc = rows * kernels.mr;
     T* const z = reinterpret_cast<T*>(scratch<Scratch::packed>((q.mc * padded(s.c)) * sizeof(T)));
     const size_t bytes = kernels.separable_scratch(p);
-    threads.run(count, [&](int t) { kernels.separable_depthwise(p, pixels(t), pixels(t + 1), z, scratch(bytes)); });
-    threads.run(count, [&](int t) {
-      kernels.separable_pointwise(p, weight, z, panels * t / count, panels * (t + 1) / count,
+    threads.run(count, [&](int t) { kernels.separable_depthwise(p, pixels(t, count), pixels(t + 1, count), z, scratch(bytes)); });
+    const int64_t chunks = std::min(panels, most_chunks);
+    threads.share(count, chunks, [&](int64_t i) {
+      kernels.separable_pointwise(p, weight, z, panels * i / chunks, panels * (i + 1) / chunks,
                                   reinterpret_cast<T*>(scratch(size * sizeof(T))));
     });
     return;
   }
   q.packed = pack_matrix(kernels, threads, weight, o, s.c, true);
-  q.mc = block_of_pixels<T>(192 * 1024, s.c, m, kernels.mr);
+  const int64_t most = block_of_pixels<T>(192 * 1024, s.c, m, kernels.mr);
+  const int64_t chunks = std::clamp<int64_t>(m / most / count * count, count, most_chunks);
+  const int64_t chunk = ceil_div(rows, chunks) * kernels.mr;  // cut into equal blocks
+  q.mc = ceil_div(ceil_div(chunk, ceil_div(chunk, most)), kernels.mr) * kernels.mr;
   const size_t bytes = kernels.separable_scratch(p);
-  threads.run(count, [&](int t) { kernels.separable_forward(p, pixels(t), pixels(t + 1), scratch(bytes)); });
+  threads.share(count, chunks, [&](int64_t i) {
+    kernels.separable_forward(p, pixels(i, chunks), pixels(i + 1, chunks), scratch(bytes));
+  });
 }
 
 }  // namespace mnops
