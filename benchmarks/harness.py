@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import machine, rows, timing
+from . import machine, memory, rows, timing
 from .contender import Apart, Contender
 from .layer_case import LayerCase
 from .peers import MINE, PEERS, Case
@@ -116,6 +116,7 @@ def start(name: str, case: Case, options: Options) -> Contender | Apart:
     if case.suite == "net" and options.device == "cpu":
         _ = case.weights  # drawn here, the same for all
         return Apart(name, case, options.device, options.launch, options.threads)
+    memory.hold_freed_memory()
     return Contender(name, case, options.device, options.launch)
 
 
