@@ -134,8 +134,7 @@ def separable_chain(module: nn.Sequential, x: Tensor | Pending) -> Pending | Non
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Pending):
         return None
     tensor, *norm, eps, act = x
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) or backends.wants_stock(tensor):
+    if backends.wants_stock(tensor) or torch.is_autocast_enabled(device := tensor.device.type):
         return None
     if not backends.together("separable_conv2d", "separable_chain", device=device):
         return None

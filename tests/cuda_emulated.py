@@ -423,6 +423,7 @@ def test_a_network_whose_pointwise_layers_are_tritons():
             results[name] = loss, *torch.autograd.grad(loss, list(network.parameters()))
         if name == "cuda":
             found = {e.key for e in ran.key_averages() if e.key.startswith("mnops") and "::" in e.key}
+            found.discard("mnops::update_running")  # of BatchNorm's vectors, which lie on the CPU here
     torch.testing.assert_close(results["cuda"], results["reference"], rtol=1e-3, atol=1e-4)
     emulated = "stem_conv2d", "depthwise_conv2d", "norm_act_pool"
     expected = [*(f"mnops_cuda_emulated::{op}" for op in emulated), "mnops_triton::pointwise_conv2d"]
