@@ -116,9 +116,8 @@ def separable_bn_act(
     if (
         fused
         and not torch.is_grad_enabled()
-        and _op_of(conv_dw, bn1, same) == "depthwise"
-        and _op_of(conv_pw, bn2, False) == "pointwise"
-        and not (_measures(bn1) or _measures(bn2) or backends.wants_stock(tensor))
+        and _separable(conv_dw, bn1, conv_pw, bn2, same)
+        and not backends.wants_stock(tensor)
         and backends.together("depthwise_conv2d", "separable_conv2d", device=tensor.device.type)
     ):
         taps, weight = _parameter(conv_dw, "weight"), _parameter(conv_pw, "weight")
@@ -143,8 +142,8 @@ def separable_chain(module: nn.Sequential, x: Tensor | Pending) -> Pending | Non
         if type(block) is not DepthwiseSeparable or block.act != act or not block.fused or has_hooks(block):
             return None
         conv_dw, bn1, conv_pw, bn2 = block.conv_dw, block.bn1, block.conv_pw, block.bn2
-        known = _op_of(conv_dw, bn1, block.same) == "depthwise" and _op_of(conv_pw, bn2, False) == "pointwise"
-        if not known or _measures(bn1) or _measures(bn2) or block.same or isinstance(conv_dw.padding, str):
+        same = block.same or isinstance(conv_dw.padding, str)
+        if same or not _separable(conv_dw, bn1, conv_pw, bn2, same):
             return None
         *mid, mid_eps, _ = _frozen(bn1, conv_dw, tensor, act)
         height, width = conv_dw.padding
@@ -156,6 +155,12 @@ def separable_chain(module: nn.Sequential, x: Tensor | Pending) -> Pending | Non
         if any(v is None for v in (*found[-1].norm, *mid, *norm)):
             return None
     return Pending(run_separable(tensor, found, act), *norm, eps, act) if found else None
+
+
+def _separable(conv_dw: nn.Module, bn1: nn.Module, conv_pw: nn.Module, bn2: nn.Module, same: bool) -> bool:
+    """Whether separable_conv2d computes the block: its convolutions are the ops', its norms are not the batch's."""
+    known = _op_of(conv_dw, bn1, same) == "depthwise" and _op_of(conv_pw, bn2, False) == "pointwise"
+    return known and not (_measures(bn1) or _measures(bn2))
 
 
 def _leaves(module: nn.Sequential) -> Iterator[nn.Module]:

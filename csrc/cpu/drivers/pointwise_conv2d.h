@@ -16,10 +16,9 @@ inline bool few_pixels(int64_t m, int64_t k) { return m < k / 2; }
 // Packs the (o, k) matrix by panels over o (forward) or over k (backward), on all threads, into shared scratch memory.
 template <class T>
 const T* pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
-  const int64_t panels = ceil_div(by_output ? o : k, kernels.nr);
-  T* const packed = reinterpret_cast<T*>(scratch<Scratch::packed>(panels * (by_output ? k : o) * kernels.nr * sizeof(T)));
+  const int64_t panels = ceil_div(by_output ? o : k, kernels.nr), size = (by_output ? k : o) * kernels.nr;
+  T* const packed = reinterpret_cast<T*>(scratch<Scratch::packed>(panels * size * sizeof(T)));
   const int count = threads.worth(o * k);
-  const int64_t size = (by_output ? k : o) * kernels.nr;
   threads.run(count, [&](int t) {
     const int64_t first = panels * t / count, last = panels * (t + 1) / count;
     (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, first, last, packed + first * size);

@@ -19,7 +19,7 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
   d.block = s.c, d.x = x, d.weight = taps.get(), d.norm = norm.norm;
   p.mid = mid_norm.norm;
   Pointwise<T>& q = p.pointwise;
-  q.m = m, q.k = s.c, q.o = o, q.out = y;
+  q.m = m, q.k = s.c, q.o = o, q.out = y, q.weight = weight;
   q.stream = worth_streaming(m * o * int64_t(sizeof(T)));
 
   const int64_t most_chunks = count > 1 ? 4 * count : 1;
@@ -32,7 +32,7 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
     threads.run(count, [&](int t) { kernels.separable_depthwise(p, pixels(t, count), pixels(t + 1, count), z, scratch(bytes)); });
     const int64_t chunks = std::min(panels, most_chunks);
     threads.share(count, chunks, [&](int64_t i) {
-      kernels.separable_pointwise(p, weight, z, panels * i / chunks, panels * (i + 1) / chunks,
+      kernels.separable_pointwise(p, z, panels * i / chunks, panels * (i + 1) / chunks,
                                   reinterpret_cast<T*>(scratch(size * sizeof(T))));
     });
     return;

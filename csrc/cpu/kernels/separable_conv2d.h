@@ -169,12 +169,12 @@ void separable_depthwise(const Separable<T>& p, int64_t begin, int64_t end, T* z
 
 // then panels [first, last) of y for all pixels; each panel of weights is packed just before it is used, by who uses it.
 template <class S, class T = typename Arithmetic<S>::type>
-void separable_pointwise(const Separable<T>& p, const T* weight, const T* z, int64_t first, int64_t last, T* packed) {
+void separable_pointwise(const Separable<T>& p, const T* z, int64_t first, int64_t last, T* packed) {
   constexpr int NR = Shape<typename Vec<T>::type>::nr;
   const Pointwise<T>& q = p.pointwise;
   for (int64_t j = first; j < last; j++) {
-    pack_columns<T>(weight, q.o, q.k, j, j + 1, packed);
-    const T* const next = weight + (j + 1) * NR * q.k;
+    pack_columns<T>(q.weight, q.o, q.k, j, j + 1, packed);
+    const T* const next = q.weight + (j + 1) * NR * q.k;
     multiply_to_output<S, T>(q, z, q.mc, 0, q.m, j, packed, next, j + 1 < last ? least(NR, q.o - (j + 1) * NR) * q.k : 0);
   }
   finish_streams();

@@ -31,7 +31,7 @@ template <class T> struct Kernels {
   size_t (*separable_scratch)(const Separable<T>&);
   void (*separable_forward)(const Separable<T>&, int64_t begin, int64_t end, char* scratch);
   void (*separable_depthwise)(const Separable<T>&, int64_t begin, int64_t end, T* z, char* scratch);
-  void (*separable_pointwise)(const Separable<T>&, const T* weight, const T* z, int64_t first, int64_t last, T* packed);
+  void (*separable_pointwise)(const Separable<T>&, const T* z, int64_t first, int64_t last, T* packed);
 
   void (*norm_act_forward)(const Rows<T>&, int64_t begin, int64_t end);
   void (*norm_act_backward)(const Rows<T>&, int64_t begin, int64_t end, NormSums);
