@@ -49,6 +49,16 @@ def chain_this_graph() -> None:
 chain_this_graph._dynamo_marked_constant = True  # the compiler calls it, and does not look inside
 
 
+def leave_to_python(function: Callable) -> None:
+    """Called by what the compiler leaves to Python, as torch's own modules outside of a graph, it is left too."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(function.__code__, skip)
+
+
+leave_to_python(lazy.LazyTensor.__torch_function__.__func__)
+
+
 @dataclass
 class Left:
     """A value whose norm and activation are left to its readers; in Pending and Raw are nodes."""

@@ -62,7 +62,7 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> str | None:
     """Why this call is stock's, or None: what the ops do not take, and what is to raise stock's errors."""
-    if type(x) is LazyTensor and x.pending is not None:
+    if not torch.compiler.is_compiling() and type(x) is LazyTensor and x.pending is not None:
         x = x.pending.x  # of the same shape, dtype and device, and quicker to ask
     if type(x) not in lazy.PLAIN:
         return f"its input is a {type(x).__name__}"
@@ -225,7 +225,7 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
     relu6, hardswish, silu or a concatenation of channels; another activation, as GELU, gets a real tensor.
     `mnops.fusion_report` says what happened, `mnops.fallback_warnings` warns of layers that fall back at run
     time. channels_last is the fast layout: contiguous inputs are converted for a chain, and its results back.
-    torch.compile of the model gets its layers chained too (mnops/compiled.py);
+    torch.compile of the model gets its layers chained too (mnops/compiled.py), of a part the chains inside it;
     what is recorded to run elsewhere (torch.export, torch.onnx, torch.jit.trace, torch.fx) is stock.
 
     Args:

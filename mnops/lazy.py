@@ -129,10 +129,37 @@ class LazyTensor(Tensor):
         self._data = self._real = None
         _describe(self, pending, raw)
 
+    # ---- for torch.compile of a part of a model: its graph takes the values ----
+
+    @property
+    def computed(self) -> Tensor:
+        if self.pending is not None:  # real for good, and for autograd before the graph keeps or changes it
+            real(self)
+            self.pending = self.raw = None
+        return self._data
+
+    def __tensor_flatten__(self):
+        return ["computed"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, strides):
+        z = LazyTensor(Pending(inner["computed"]), False, "")
+        z.pending, z._data = None, inner["computed"]
+        z._version_seen = _version(z)
+        return z
+
+    def _stable_hash_for_caching(self) -> str:
+        return f"computed {tuple(self.shape)} {self.stride()} {self.dtype} {self.device} {self.requires_grad}"
+
+    def __repr__(self, **options: Any) -> str:
+        return repr(self.computed if _in_a_compiler() else real(self))
+
+    # ---- what is done with it ----
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in METADATA and args[0].pending is not None:
+        if _in_a_compiler() or (func in METADATA and args[0].pending is not None):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = RULES.get(func)
@@ -146,14 +173,22 @@ class LazyTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if _here.linking and func is torch.ops.aten.copy_.default:
             return args[0]
-        written = (a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        if any(w and type(a) is LazyTensor for w, a in zip(written, args)):
-            raise RuntimeError(
-                f"{func} changes a tensor that mnops left pending, out of autograd's sight: give it "
-                "x.clone(), or leave the layer before it out of mnops.fuse by filter_fn"
-            )
+        if _in_a_compiler():
+            if func is torch.ops.aten.detach.default:
+                return cls.__tensor_unflatten__({"computed": args[0].computed.detach()}, None, (), ())
+        else:
+            written = (a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+            if any(w and type(a) is LazyTensor for w, a in zip(written, args)):
+                raise RuntimeError(
+                    f"{func} changes a tensor that mnops left pending, out of autograd's sight: give it "
+                    "x.clone(), or leave the layer before it out of mnops.fuse by filter_fn"
+                )
         args, kwargs = torch.utils._pytree.tree_map_only(LazyTensor, data, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _in_a_compiler() -> bool:
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
 class _Defer(torch.autograd.Function):
@@ -297,14 +332,11 @@ def real(z: Tensor) -> Tensor:
 def _real(z: LazyTensor) -> Tensor:
     connected = _requires_grad(z) and not torch.is_inference_mode_enabled()
     if z._real is None or (connected and not z._real.requires_grad):
-        values = data(z)
-        as_seen = _version(z) == z._version_seen
-        z._real = values.detach()
+        z._real = data(z).detach()
         if connected:  # whoever looks, and in whatever mode: z has its history
-            with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            unchanged = torch.autograd._unsafe_preserve_version_counter(z._real)
+            with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass(), unchanged:
                 _link(z._real, z)
-        if as_seen:
-            z._version_seen = _version(z)
     return z._real
 
 

@@ -1,18 +1,20 @@
 """torch.compile of a fused model: one graph, its layers chained, with the numbers of stock compiled."""
 
 import copy
+import functools
 import operator
 
 import pytest
 import torch
 import torchvision_support
 from fused_models import NETWORKS, SURPRISES
-from test_fuse import Concatenated, PartlyWithoutGrad, X, everything, fused_convs, pair, run
+from test_fuse import Concatenated, PartlyWithoutGrad, X, assert_same, everything, fused_convs, pair, run
 from test_fuse_models import prepared
 from test_lazy import Layers, keywords
 from torch import nn
 
 import mnops
+from mnops.lazy import LazyTensor
 
 CONVOLUTIONS = {"depthwise_conv2d.default", "pointwise_conv2d.default", "stem_conv2d.default"}
 
@@ -157,6 +159,82 @@ def test_hooks():
         for i in range(3):
             model[1].conv[0][i].register_forward_hook(lambda m, args, out: out * 2)
     assert_compiles(stock, fused, modes=(True,))
+
+
+# ---- a part compiled by itself, that is handed a pending tensor ----
+
+
+def module(model, name, **options):
+    setattr(model.get_submodule(name.rpartition(".")[0]), name[-1], torch.compile(model.get_submodule(name), **options))
+
+
+def in_place(model, name, **options):
+    model.get_submodule(name).compile(**options)
+
+
+def forward(model, name, **options):
+    part = model.get_submodule(name)
+    part.forward = torch.compile(part.forward, **options)
+
+
+@pytest.mark.parametrize(
+    ("compile_it", "name"),
+    [
+        (module, "1"), (in_place, "1"), (forward, "1"), (module, "1.conv.1"), (module, "1.conv.1.0"),
+        (module, "1.conv.1.1"), (module, "1.conv.1.2"),
+    ],
+    ids=lambda p: getattr(p, "__name__", p),
+)  # fmt: skip
+def test_compiled_part(compile_it, name):
+    """A block, its layers, the convolution, norm or in-place activation alone: one graph, as stock runs."""
+    stock, fused = pair(NETWORKS["v2"])
+    inputs = []
+
+    def backend(gm, args):
+        inputs.extend(type(a) for a in args if not isinstance(a, nn.Parameter))
+        return torch._dynamo.lookup_backend("aot_eager")(gm, args)
+
+    compile_it(fused, name, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            found, expected = run(fused), run(stock)
+            torch.testing.assert_close([*found["grads"].values()], [*expected["grads"].values()])
+            torch.testing.assert_close((found["z"], found["dx"]), (expected["z"], expected["dx"]))
+    assert inputs.count(LazyTensor) == 1
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(X), stock.eval()(X))
+
+
+def test_compiled_before_it_is_fused():
+    stock = pair(NETWORKS["v2"])[0]
+    model = copy.deepcopy(stock)
+    model[1].compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(mnops.fuse(model)), run(stock))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("change", [True, False])
+def test_compiled_part_that_changes_its_input(backend, change):
+    """What reads the tensor after sees it, whoever wrote it, and in whatever mode."""
+
+    def part(z):
+        if change:
+            z.mul_(2)
+            z.relu_()
+        return z * 2, z.detach(), z[:, 1:]
+
+    def call(m, x, part=part):
+        a = m.first(x)
+        b, c, d = part(a)
+        return m.second(a) + b * c + d.square().sum(1, keepdim=True)
+
+    stock, fused = pair(lambda: Layers(call))
+    compiled = torch.compile(part, fullgraph=True, dynamic=not change, backend=backend)
+    fused.call = functools.partial(call, part=compiled)
+    assert_same(stock, fused)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(X), stock(X))
 
 
 def test_graph_break():
