@@ -10,7 +10,9 @@ What the ops do not cover (another kind of convolution or norm, children with ho
 so does what is recorded to be run elsewhere (`mnops.backends.wants_stock`).
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -26,6 +28,7 @@ from mnops.ops.separable_conv2d import SeparableBlock
 from mnops.ops.separable_conv2d import separable_chain as run_separable
 from mnops.recompute import recomputed
 from mnops.reference import ACTIVATIONS, wide
+from mnops.unchanged import Unchanged
 
 __all__ = ["DepthwiseConvBNAct", "DepthwiseSeparable", "PointwiseConvBNAct", "chain"]
 
@@ -54,8 +57,8 @@ def check_act(owner: str, act: str) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: the condition of nn.Module.__call__."""
-    return bool(
+    """Whether calling the module does more than its class's forward: the condition of nn.Module.__call__."""
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -135,26 +138,55 @@ def separable_chain(module: nn.Sequential, x: Tensor | Pending) -> Pending | Non
     tensor, *norm, eps, act = x
     if backends.wants_stock(tensor) or torch.is_autocast_enabled(device := tensor.device.type):
         return None
-    if not backends.together("separable_conv2d", "separable_chain", device=device):
+    if not backends.together("separable_conv2d", "separable_chain", device=device) or any(v is None for v in norm):
         return None
-    found = []
+    unchanged, plan = _plans.get(module, (False, None))
+    if not unchanged:
+        if (plan := _plan(module, tensor)) is None:
+            return None
+        _plans[module] = Unchanged(module), plan
+    if act != plan.act:
+        return None
+    first = plan.blocks[0]._replace(norm=norm, eps=eps)
+    return Pending(run_separable(tensor, [first, *plan.blocks[1:]], act), *plan.norm, plan.eps, act)
+
+
+class Plan(NamedTuple):
+    """What `separable_chain` computes of a module, without the norm of the first block, which comes with x."""
+
+    blocks: list[SeparableBlock]
+    norm: list[Tensor]
+    eps: float
+    act: str
+
+
+# Of each nn.Sequential: whether it still is what its plan was made of, and the plan, which is longer made than run.
+_plans: weakref.WeakKeyDictionary[nn.Sequential, tuple[Unchanged, Plan]] = weakref.WeakKeyDictionary()
+
+
+def _plan(module: nn.Sequential, x: Tensor) -> Plan | None:
+    """Of the modules alone, no value of theirs: or None, where they need more than `separable_chain`."""
+    blocks, norm, eps, act = [], [], 0.0, None
     for block in _leaves(module):
-        if type(block) is not DepthwiseSeparable or block.act != act or not block.fused or has_hooks(block):
+        known = type(block) is DepthwiseSeparable and block.fused and not has_hooks(block)
+        if not known or act not in (None, block.act):
             return None
         conv_dw, bn1, conv_pw, bn2 = block.conv_dw, block.bn1, block.conv_pw, block.bn2
         same = block.same or isinstance(conv_dw.padding, str)
         if same or not _separable(conv_dw, bn1, conv_pw, bn2, same):
             return None
-        *mid, mid_eps, _ = _frozen(bn1, conv_dw, tensor, act)
+        if any(_parameter(conv, "bias") is not None for conv in (conv_dw, conv_pw)):
+            return None  # it changes the mean
         height, width = conv_dw.padding
-        found.append(SeparableBlock(
+        *mid, mid_eps, act = _frozen(bn1, conv_dw, x, block.act)
+        blocks.append(SeparableBlock(
             _parameter(conv_dw, "weight"), _parameter(conv_pw, "weight"), norm, eps, mid, mid_eps,
             conv_dw.stride, (height, height, width, width), conv_dw.dilation
         ))  # fmt: skip
-        *norm, eps, _ = _frozen(bn2, conv_pw, tensor, act)
-        if any(v is None for v in (*found[-1].norm, *mid, *norm)):
+        *norm, eps, _ = _frozen(bn2, conv_pw, x, act)
+        if any(v is None for v in (*mid, *norm)):
             return None
-    return Pending(run_separable(tensor, found, act), *norm, eps, act) if found else None
+    return Plan(blocks, norm, eps, act) if blocks else None
 
 
 def _separable(conv_dw: nn.Module, bn1: nn.Module, conv_pw: nn.Module, bn2: nn.Module, same: bool) -> bool:

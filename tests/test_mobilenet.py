@@ -1,7 +1,9 @@
 """MobileNet: names and counts, and that the fused network is the stock one, in training and in eval."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -413,19 +415,85 @@ def other_act(model):
     model.blocks[2][1].act = "silu"
 
 
-@pytest.mark.parametrize("change", [None, hook, half, without_gamma, unfused, other_act])
-def test_inference_is_one_call_where_every_block_allows_it(change, monkeypatch):
+def strided(model):
+    model.blocks[2][1].conv_dw.stride = (2, 2)
+
+
+def other_parameter(model):
+    conv = model.blocks[3][2].conv_pw
+    conv.weight = torch.nn.Parameter(conv.weight.detach() * 2)
+
+
+def other_values(model):
+    model.blocks[3][2].conv_pw.weight.data.mul_(2)
+    model.blocks[1][1].bn1.running_var.mul_(3)
+
+
+def other_buffer(model):
+    model.blocks[4][0].bn2.running_mean = torch.ones_like(model.blocks[4][0].bn2.running_mean)
+
+
+def other_eps(model):
+    model.blocks[0][0].bn1.eps = 0.5
+
+
+def one_less(model):
+    del model.blocks[3][4]
+
+
+def one_more(model):
+    model.blocks[4].append(copy.deepcopy(model.blocks[4][1]))
+
+
+def parametrised(model):
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[4][1].conv_pw)
+
+
+def own_forward(model):
+    conv = model.blocks[1][0].conv_dw
+    conv.forward = lambda x: 2 * torch.nn.Conv2d.forward(conv, x)
+
+
+def through_state_dict(model):
+    model.load_state_dict({k: v * 2 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+
+
+# the blocks that are one call, then
+CHANGES = {
+    hook: None, half: None, without_gamma: None, unfused: None, other_act: None, parametrised: None, own_forward: None,
+    strided: 13, other_parameter: 13, other_values: 13, other_buffer: 13, other_eps: 13, one_less: 12, one_more: 14,
+    through_state_dict: 13,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "after a run"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_inference_is_one_call_where_every_block_allows_it(change, before, monkeypatch):
     model = mnops.MobileNet(10, 0.25).eval()
     for bn in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.normal_(bn.running_mean, 0, 0.1)
         torch.nn.init.uniform_(bn.running_var, 0.5, 2)
-    if change:
-        change(model)
     x, calls = torch.randn(2, 3, 40, 40), []
     chained = mnops.nn.run_separable
     monkeypatch.setattr(mnops.nn, "run_separable", lambda *args: calls.append(len(args[1])) or chained(*args))
     with torch.no_grad():
+        if before:
+            model(x)
+            assert calls == [13]
+        change(model)
+        calls.clear()
         found = model(x)
         monkeypatch.setattr(mnops.nn, "separable_chain", lambda module, x: None)
         torch.testing.assert_close(found, model(x), rtol=1e-6, atol=1e-6)
-    assert sum(calls) == 13 if change is None else sum(calls) < 13
+    assert sum(calls) == CHANGES[change] if CHANGES[change] else sum(calls) < 13
+
+
+def test_a_plan_does_not_keep_its_network():
+    model = mnops.MobileNet(10, 0.25).eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    gone = weakref.ref(model.blocks)
+    assert model.blocks in mnops.nn._plans
+    del model
+    gc.collect()
+    assert gone() is None

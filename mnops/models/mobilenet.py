@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.fx
@@ -235,9 +235,9 @@ class MobileNet(nn.Module):
         parts = self._parts(x)
         if parts == 1:
             return chain(self.blocks, self._stem(x))
-        early, late = self.blocks[:EARLY_STAGES], self.blocks[EARLY_STAGES:]
-        maps = [chain(early, self._stem(part)) for part in x.chunk(parts)]
-        return chain(late, maps[0]._replace(x=torch.cat([part.x for part in maps])))
+        stages = list(self.blocks)
+        maps = [through(stages[:EARLY_STAGES], self._stem(part)) for part in x.chunk(parts)]
+        return through(stages[EARLY_STAGES:], maps[0]._replace(x=torch.cat([part.x for part in maps])))
 
     def _parts(self, x: Tensor) -> int:
         """Into how many parts of the batch the early stages are to be cut: see PART_BYTES."""
@@ -315,6 +315,12 @@ class MobileNet(nn.Module):
         if self.features_only:
             return self._taps(x, self.feature_names)[1]
         return self.forward_head(self._body(x))
+
+
+def through(stages: Iterable[nn.Module], x: Pending) -> Pending:
+    for stage in stages:
+        x = chain(stage, x)
+    return x
 
 
 class Features(nn.Module):

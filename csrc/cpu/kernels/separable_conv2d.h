@@ -141,6 +141,12 @@ void multiply_to_output(const Pointwise<T>& p, const T* z, int64_t rows, int64_t
   });
 }
 
+// Rows of x, of all images, that the pixels before m of the stream read.
+template <class T> MNOPS_INLINE int64_t rows_read(const Depthwise<T>& d, int64_t m) {
+  const int64_t oy = (m - 1) / d.wo % d.ho, n = (m - 1) / d.wo / d.ho;
+  return n * d.h + most(0, least(d.h, oy * d.sh - d.pad_top + (d.kh - 1) * d.dh + 1));
+}
+
 // Pixels [begin, end), all channels of y, from weights packed beforehand.
 template <class S, class T = typename Arithmetic<S>::type>
 void separable_forward(const Separable<T>& p, int64_t begin, int64_t end, char* scratch) {
@@ -148,12 +154,17 @@ void separable_forward(const Separable<T>& p, int64_t begin, int64_t end, char* 
   const SeparableScratch<T> s = SeparableScratch<T>::make(arena, p);
   const Pointwise<T>& q = p.pointwise;
   constexpr int NR = Shape<typename Vec<T>::type>::nr;
+  const int64_t panels = (q.o + NR - 1) / NR, row = p.depthwise.w * q.k;
   start(p, s.lines);
   for (int64_t m0 = begin; m0 < end; m0 += q.mc) {
-    const int64_t count = least(q.mc, end - m0);
-    depthwise_to_panels<S, T>(p, s.lines, m0, m0 + count, s.z, q.mc, 0);
-    for (int64_t j = 0; j * NR < q.o; j++)
-      multiply_to_output<S, T>(q, s.z, q.mc, m0, count, j, q.packed + j * q.k * NR, static_cast<const S*>(nullptr), 0);
+    const int64_t count = least(q.mc, end - m0), next = m0 + count;
+    depthwise_to_panels<S, T>(p, s.lines, m0, next, s.z, q.mc, 0);
+    const int64_t read = rows_read(p.depthwise, next), ahead = (rows_read(p.depthwise, least(end, next + q.mc)) - read) * row;
+    const S* const x = static_cast<const S*>(p.depthwise.x) + read * row;
+    for (int64_t j = 0; j < panels; j++) {
+      const int64_t first = ahead * j / panels;
+      multiply_to_output<S, T>(q, s.z, q.mc, m0, count, j, q.packed + j * q.k * NR, x + first, ahead * (j + 1) / panels - first);
+    }
   }
   finish_streams();
 }
