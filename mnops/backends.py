@@ -124,8 +124,8 @@ def choose(op: str, device: str, args: tuple = ()) -> str:
 
     Raises RuntimeError with the reason if neither the forced backend nor its fallback serves it.
     """
-    eager = args and not torch.compiler.is_compiling()  # a compiler's graph takes the op's usual one
-    if eager and op in measured.OPS and device == measured.DEVICE and _forced is None:
+    known = args and device == measured.DEVICE and op in measured.OPS and _forced is None
+    if known and not torch.compiler.is_compiling():  # a compiler's graph takes the op's usual one
         return _choose(None, op, device, measured.Shape.of(op, args))
     return _choose(_forced, op, device)
 
@@ -135,20 +135,18 @@ def recording(x: Tensor | Proxy) -> bool:
 
     Stock operations are recorded then, which need no mnops there; a forced backend keeps the ops.
     """
-    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, Proxy)
+    recorded = torch.compiler.is_exporting() or torch._C._get_tracing_state() or isinstance(x, Proxy)
     return recorded and _forced is None
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD look on, outside of a compiler."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether torch.func or forward-mode AD look on; to be asked outside of a compiler."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def wants_stock(x: Tensor | Proxy) -> bool:
     """Whether stock operations are to run on x: they need no mnops where they run, and have every rule."""
-    return recording(x) or transformed()
+    return recording(x) or (not torch.compiler.is_compiling() and transformed())
 
 
 def chosen_native(op: str, device: str) -> bool:

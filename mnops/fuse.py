@@ -32,7 +32,7 @@ class Conv2d(nn.Conv2d):
             return super().forward(x)
         weight, bias = self.weight, self.bias  # once: a parametrised one is computed at every look
         op, traced = served_by(self), torch.compiler.is_compiling()
-        why = _why_stock(self, op, x, weight)
+        why = _why_stock(self, op, x, weight, traced)
         if why is not None:
             if not traced:
                 lazy.fell_back(self.__dict__.get("mnops_name", ""), why)
@@ -60,9 +60,9 @@ FUSED = {nn.Conv2d: Conv2d, nn.SyncBatchNorm: SyncBatchNorm}
 STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
-def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> str | None:
+def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor, traced: bool) -> str | None:
     """Why this call is stock's, or None: what the ops do not take, and what is to raise stock's errors."""
-    if not torch.compiler.is_compiling() and type(x) is LazyTensor and x.pending is not None:
+    if not traced and type(x) is LazyTensor and x.pending is not None:
         x = x.pending.x  # of the same shape, dtype and device, and quicker to ask
     if type(x) not in lazy.PLAIN:
         return f"its input is a {type(x).__name__}"
@@ -83,7 +83,7 @@ def _why_stock(conv: nn.Conv2d, op: str | None, x: Tensor, weight: Tensor) -> st
             return f"its input is {dtype}, its weight {weight.dtype}, under autocast"
     elif dtype != weight.dtype:
         return f"its input is {dtype}, its weight {weight.dtype}"
-    if backends.transformed():
+    if not traced and backends.transformed():
         return "a transform of torch.func is active"
     return None
 

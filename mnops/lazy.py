@@ -113,7 +113,8 @@ class LazyTensor(Tensor):
     _data: Tensor | None  # z, without autograd
     _real: Tensor | None  # z, with it
     _version_seen: int  # of _data
-    _versions: list[int]  # of the norm's vectors
+    _vectors: list[Tensor]  # of the norm, and their versions
+    _versions: list[int]
 
     @staticmethod
     def __new__(cls, pending: Pending, nchw: bool, source: str, raw: Raw | None = None) -> "LazyTensor":
@@ -188,7 +189,10 @@ class LazyTensor(Tensor):
 
 
 def _in_a_compiler() -> bool:
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+    return torch._guards.TracingContext.try_get() is not None
+
+
+_in_a_compiler._dynamo_marked_constant = True
 
 
 class _Defer(torch.autograd.Function):
@@ -206,6 +210,9 @@ class _Defer(torch.autograd.Function):
         namespace = backends.choose("norm_act_backward", g.device.type)
         op = getattr(torch.ops, namespace).norm_act_backward.default
         return *r.norm_backward(op, ctx, g), None
+
+
+_Defer.apply = super(torch.autograd.Function, _Defer).apply  # as in mnops/ops/_register.py
 
 
 class _Here(threading.local):
@@ -230,14 +237,15 @@ def _link(out: Tensor, source: Tensor) -> None:
 
 def _describe(out: LazyTensor, pending: Pending, raw: Raw | None) -> None:
     """Makes `pending` what out is, for autograd too: in place, over a value that nothing depends on."""
-    grad = any(isinstance(a, Tensor) and a.requires_grad for a in pending)
+    grad = any(v is not None and v.requires_grad for v in pending[:5])
     if grad and not torch.is_grad_enabled():  # what is made without autograd is a constant ever after
         grad = False
         pending = Pending(*(a.detach() if isinstance(a, Tensor) else a for a in pending))
         raw = raw and Raw(*(a if a is None else a.detach() for a in raw))
     out.pending, out.raw = pending, raw
     if pending.mean is not None:
-        out._versions = _versions(pending)
+        out._vectors = [v for v in pending[1:5] if v is not None and not v.is_inference()]
+        out._versions = [v._version for v in out._vectors]
         if len(_here.waiting) > 1000:  # where no forward of a whole model ends
             _held()
         _here.waiting.append(weakref.ref(out))
@@ -301,13 +309,9 @@ def _version(z: LazyTensor) -> int:
     return -1 if z._data.is_inference() else z._data._version
 
 
-def _versions(pending: Pending) -> list[int]:
-    return [v._version for v in pending[1:5] if v is not None and not v.is_inference()]
-
-
 def _is_stale(z: LazyTensor) -> bool:
     """Whether what `pending` says is no longer what it said."""
-    return z.pending.mean is not None and _versions(z.pending) != z._versions
+    return z.pending.mean is not None and [v._version for v in z._vectors] != z._versions
 
 
 def _refuse_stale(z: LazyTensor) -> None:
@@ -354,8 +358,8 @@ def _requires_grad(z: LazyTensor) -> bool:
 
 
 def unchanged(z: LazyTensor) -> bool:
-    """Whether `pending` still describes z."""
-    if z.pending is None:
+    """Whether `pending` still describes z, and to whoever looks: a transform of torch.func knows stock operations."""
+    if z.pending is None or torch._C._are_functorch_transforms_active():
         return False
     if z._data is None:
         _refuse_stale(z)
@@ -423,7 +427,7 @@ def normalised(
         mean, var = running_statistics(running_mean, running_var)
         if shift is not None:
             mean = mean.to(c.wide(y)) - shift
-    return Pending(*c.pending_args(Pending(y, mean, var, weight, bias, eps), cast=False))
+    return Pending(y, *c.norm_args(y, mean, var, weight, bias, eps, "none"))
 
 
 def _batch_norm(

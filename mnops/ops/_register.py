@@ -65,13 +65,13 @@ def run(name: str, args: tuple, check: Callable) -> Any:
     The native kernels refuse whatever breaks the contract before they write anything, so check only words the
     error there (it takes as long as they do on a small image).
     """
-    device = args[0].device.type
-    if backends.wants_stock(args[0]):
+    device, compiling = args[0].device.type, torch.compiler.is_compiling()
+    if backends.recording(args[0]) or (not compiling and backends.transformed()):
         check(*args)
         return getattr(reference, name)(*args)
     namespace = backends.choose(name, device, args)
     op, function = _ops[namespace, name]
-    if torch.compiler.is_compiling():
+    if compiling:
         check(*args)
         return op(*args)
     strict = namespace == "mnops" and device == "cpu"
