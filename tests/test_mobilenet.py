@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnops
-from mnops.models import mobilenet
 
 
 def timm_state(width=1.0, in_chans=3, classes=1000):
@@ -371,28 +370,6 @@ def test_penalty_on_the_gradient():
     model = make(act="silu").double()
     x = torch.randn(3, 3, 40, 40, dtype=torch.float64)
     torch.testing.assert_close(penalty(model, x), penalty(stock_of(model), x), rtol=1e-6, atol=1e-9)
-
-
-def test_a_large_batch_is_taken_in_parts(monkeypatch):
-    model = mnops.MobileNet(10, 0.25).eval()
-    x = torch.randn(5, 3, 64, 64)
-    seen = []
-    with torch.no_grad():
-        whole = model(x)
-        monkeypatch.setattr(mobilenet, "PART_BYTES", 1)
-        assert model._parts(x) == 5
-        torch.testing.assert_close(model(x), whole, rtol=1e-5, atol=1e-6)
-        model.blocks[0].register_forward_hook(lambda module, args, out: seen.append(len(out)))
-        torch.testing.assert_close(model(x), whole, rtol=1e-5, atol=1e-6)
-    assert seen == [5]  # a hook sees the batch
-
-
-def test_batch_statistics_are_of_the_whole_batch(monkeypatch):
-    model = mnops.MobileNet(10, 0.25).eval()
-    model.blocks[1][0].bn1.train()
-    monkeypatch.setattr(mobilenet, "PART_BYTES", 1)
-    with torch.no_grad():
-        assert model._parts(torch.randn(5, 3, 64, 64)) == 1
 
 
 def hook(model):

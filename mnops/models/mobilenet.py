@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.fx
@@ -24,14 +24,8 @@ from mnops.models.layers import (
     scaled,
     until,
 )
-from mnops.nn import Block, DepthwiseSeparable, chain, check_act, conv_bn_act, has_hooks
+from mnops.nn import Block, DepthwiseSeparable, chain, check_act, conv_bn_act
 from mnops.ops import Pending
-
-# Without gradients, the stages down to 1/8 of the resolution take a large batch in parts whose maps stay in a
-# CPU's last-level cache; the late ones, whose weights outweigh their maps, take it whole. Largest maps of MobileNet:
-# 32 and 64 channels at 1/2.
-EARLY_STAGES = 3
-PART_BYTES = 20 << 20
 
 
 @torch.fx.wrap  # sizes are not known to torch.fx
@@ -232,24 +226,7 @@ class MobileNet(nn.Module):
         return conv_bn_act(x, self.conv_stem, self.bn1, self.act, self.same, self._fused)
 
     def _body(self, x: Tensor) -> Pending:
-        parts = self._parts(x)
-        if parts == 1:
-            return chain(self.blocks, self._stem(x))
-        stages = list(self.blocks)
-        maps = [through(stages[:EARLY_STAGES], self._stem(part)) for part in x.chunk(parts)]
-        return through(stages[EARLY_STAGES:], maps[0]._replace(x=torch.cat([part.x for part in maps])))
-
-    def _parts(self, x: Tensor) -> int:
-        """Into how many parts of the batch the early stages are to be cut: see PART_BYTES."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or backends.wants_stock(x):
-            return 1
-        if x.device.type != "cpu" or x.shape[0] == 1 or not self._fused:
-            return 1
-        early = (m for stage in list(self.blocks)[:EARLY_STAGES] for m in stage.modules())
-        if any(m.training or has_hooks(m) for m in (self.conv_stem, self.bn1, self.blocks, *early)):
-            return 1  # statistics are the batch's, and hooks want to see all of it
-        pixels, channels = x.shape[0] * x.shape[2] * x.shape[3] // 4, self.conv_stem.out_channels
-        return min(x.shape[0], max(1, pixels * 3 * channels * x.element_size() // PART_BYTES))
+        return chain(self.blocks, self._stem(x))
 
     def _taps(self, x: Tensor, wanted: Sequence[str]) -> tuple[Pending, dict[str, Tensor]]:
         """The end points in `wanted`, made real while the chain goes on, and the tensor after them."""
@@ -315,12 +292,6 @@ class MobileNet(nn.Module):
         if self.features_only:
             return self._taps(x, self.feature_names)[1]
         return self.forward_head(self._body(x))
-
-
-def through(stages: Iterable[nn.Module], x: Pending) -> Pending:
-    for stage in stages:
-        x = chain(stage, x)
-    return x
 
 
 class Features(nn.Module):
