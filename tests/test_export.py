@@ -194,10 +194,9 @@ def test_executorch(make):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor(tmp_path):
-    layers = mnops.nn.DepthwiseSeparable(4, 6), *conv_norm_act(6, 6, 3, 1, 6), *conv_norm_act(6, 4)
-    model, x = mnops.fuse(randomise(nn.Sequential(*layers))).eval(), torch.randn(2, 4, 8, 8)
+    """A whole fused network, its norms not folded; folded ones: tests/test_readme.py."""
+    model, x = other(), images()
     package = torch._inductor.aoti_compile_and_package(
-        torch.export.export(model, (x,)), package_path=str(tmp_path / "block.pt2")
+        torch.export.export(model, (x,)), package_path=str(tmp_path / "model.pt2")
     )
-    run = torch._inductor.aoti_load_package(package)
-    torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x).detach(), rtol=1e-5, atol=1e-5)
