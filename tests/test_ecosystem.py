@@ -199,6 +199,15 @@ def test_autocast_with_scaler(make, dtype):
 
 
 @each_model
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_lie_as_their_weights(make, layout):
+    """As in stock; where they do not, DDP warns and the optimisers of a GPU go one by one."""
+    model = make().to(memory_format=layout)
+    step(model, X.contiguous(memory_format=layout))
+    assert not [name for name, p in model.named_parameters() if p.grad.stride() != p.stride()]
+
+
+@each_model
 def test_gradient_checkpointing(make):
     """Segments run again in the backward give the gradients of the whole."""
     from torch.utils.checkpoint import checkpoint

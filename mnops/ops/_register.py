@@ -113,7 +113,11 @@ def conv_backward(op: Any, ctx, g, g_mean, g_var):
         g_mean, g_var, y, mean_y = None, None, g, x.new_empty(0, dtype=wide(x))
     need_x, need_weight, *need_vectors = needs
     args = (g, g_mean, g_var, y, mean_y, x, weight, mean, var, gamma, beta, *ctx.rest)
-    grads = _run_backward(op, (*args, need_x or any(need_vectors), need_weight))
+    dx, dweight, *vectors = _run_backward(op, (*args, need_x or any(need_vectors), need_weight))
+    # Of a 1x1 or depthwise weight both memory formats are one memory; optimisers and DDP compare strides.
+    if need_weight and dweight.stride() != weight.stride() and weight.is_contiguous() and dweight.is_contiguous():
+        dweight = dweight.as_strided(weight.shape, weight.stride())
+    grads = dx, dweight, *vectors
     return *(grad if need else None for grad, need in zip(grads, needs)), *others
 
 
