@@ -227,6 +227,8 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
     time. channels_last is the fast layout: contiguous inputs are converted for a chain, and its results back.
     torch.compile of the model gets its layers chained too (mnops/compiled.py), of a part the chains inside it;
     what is recorded to run elsewhere (torch.export, torch.onnx, torch.jit.trace, torch.fx) is stock.
+    A BatchNorm's parameters and statistics may change between two layers' calls by PyTorch only: a change by
+    NumPy or another library that shares their memory is not seen by what is pending on them.
 
     Args:
         model: any module; itself, not a copy, is changed.

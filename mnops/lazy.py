@@ -391,9 +391,15 @@ def _on_real(func: Callable, args: tuple, kwargs: dict) -> Any:
     before = [_version(z) for z in seen]
     result = func(*args, **kwargs)
     for z, version in zip(seen, before):
-        if func in FOR_GOOD or _version(z) != version:
+        if func in FOR_GOOD or _version(z) != version or _shares_memory(result, z._real):
             _become(z, z._real)
     return result
+
+
+def _shares_memory(result: Any, z: Tensor) -> bool:
+    """Whether somebody got z's memory, who may write there out of sight: by a view, by NumPy."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return any(isinstance(t, Tensor) and torch._C._is_alias_of(t, z) for t in results)
 
 
 def _all_real(a: Any, seen: list[LazyTensor]) -> Any:
@@ -480,7 +486,7 @@ ACTIVATIONS: dict[Callable, Callable] = {  # of its arguments: the tensor, which
 
 def _sum(x: Any, other: Any) -> Any:
     """x's pending norm and the sum in one pass, in which z is not stored."""
-    if type(x) is not LazyTensor or type(other) not in PLAIN or x is other or x.nchw or not unchanged(x):
+    if type(x) is not LazyTensor or type(other) not in PLAIN or x.nchw or not unchanged(x):
         return NotImplemented
     y = x.pending.x
     if x.pending.mean is None or other.shape != y.shape or other.dtype != y.dtype or other.device != y.device:
@@ -576,9 +582,9 @@ METADATA = {
 }  # fmt: skip
 
 FOR_GOOD = {  # watch a tensor, give its memory away or change what autograd knows of it: z is real from then on
-    Tensor.grad_fn.__get__, Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad_,
-    Tensor.requires_grad.__set__, Tensor.detach_, Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy,
-    Tensor.__array__,
+    Tensor.grad_fn.__get__, Tensor.register_hook, Tensor.retain_grad, Tensor.requires_grad.__set__,
+    Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr,
+    Tensor.untyped_storage, Tensor.storage,
 }  # fmt: skip
 
 RULES: dict[Callable, Callable] = {

@@ -149,11 +149,13 @@ def test_what_is_concatenated():
     assert_same(*pair(Concatenated))
 
 
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_memory_format(layout):
+def test_memory_format(layout, weights):
     """Every tensor that somebody looks at lies as stock's does."""
     x, found = X.contiguous(memory_format=layout), []
     for model in pair(NETWORKS["v3"]):
+        model.to(memory_format=weights)
         strides = []
         for module in model.modules():
             module.register_forward_hook(lambda m, args, out, strides=strides: strides.append(out.stride()))

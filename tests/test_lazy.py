@@ -70,6 +70,17 @@ def data(m, x):
     return m.second(a)
 
 
+def written_by_numpy(m, x):
+    """Out of sight of the version counters, through every alias that there is."""
+    a, b, c, d = m.first(x), m.first(x.flip(2)), m.conv(x), m.first(x.flip(3))
+    a.detach().numpy()[...] *= 2
+    torch.from_dlpack(b.detach()).view(-1).numpy()[::2] = 1
+    c.detach()[:, 1:].numpy()[...] *= 3
+    e = torch.empty(0, dtype=d.dtype).set_(d.untyped_storage(), 0, d.shape, d.stride())
+    e.numpy()[...] += 1
+    return m.second(a) + m.second(b) + m.second(m.bn(c)) + m.second(d)
+
+
 def other_data(m, x):
     a = m.first(x)
     a.data = a.data.sign()  # as a network with binary activations
@@ -141,9 +152,17 @@ def masked(m, x):
     return m.second(torch.where(a > 1, a, 2 * a).masked_fill(a > 2, 1.0)) if a.mean() < 9 else a
 
 
+def seen_before_it_changed(m, x):
+    a, b = m.first(x), m.first(x.flip(2))
+    parts = a[:, :2], b[:, 2:]
+    F.relu_(a)
+    b += b
+    return m.second(a) + m.second(b) + torch.cat(parts, 1)
+
+
 CALLS = [
-    keywords, out, by_keyword, named_tuple, data, other_data, detached, detached_in_place, detached_without_grad,
-    features_with_grad, other_shape, constructors, branches, in_place_sums, masked,
+    seen_before_it_changed, keywords, out, by_keyword, named_tuple, data, written_by_numpy, other_data, detached,
+    detached_in_place, detached_without_grad, features_with_grad, other_shape, constructors, branches, in_place_sums, masked,
 ]  # fmt: skip
 
 
@@ -168,8 +187,10 @@ def test_a_changed_output_of_a_convolution(change, bias):
     stock, fused = pair(lambda: Layers(call, bias))
     for mode in (True, False):
         for context in (torch.no_grad, torch.inference_mode):
-            with context():
-                torch.testing.assert_close(fused.train(mode)(X), stock.train(mode)(X))
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = X.contiguous(memory_format=layout)
+                with context():
+                    torch.testing.assert_close(fused.train(mode)(x), stock.train(mode)(x))
 
 
 # ---- the norm's vectors change ----
