@@ -162,7 +162,8 @@ def seen_before_it_changed(m, x):
 
 CALLS = [
     seen_before_it_changed, keywords, out, by_keyword, named_tuple, data, written_by_numpy, other_data, detached,
-    detached_in_place, detached_without_grad, features_with_grad, other_shape, constructors, branches, in_place_sums, masked,
+    detached_in_place, detached_without_grad, features_with_grad, other_shape, constructors, branches, in_place_sums,
+    masked,
 ]  # fmt: skip
 
 
