@@ -6,9 +6,10 @@
 instructions: every MobileNet-1.0-224 depthwise layer and the whole network, on one thread of an emulated
 cortex-a76, each call made twice and the second one counted by tools/arm/count.c. Every layer gets as many
 images as give it the outputs of the first layer of one, so that what a call costs beside the loops weighs
-the same in all; the network gets one image. The counts repeat; they say nothing about caches.
-loops: the hottest loop of each kernel, found in the disassembly of isa/neon.cpp; llvm-mca-19 gives its cycles
-and the limit that the busiest port sets.
+the same in all; the network gets one image. Beside them the kernels of pointwise layers in bf16, on an emulated
+CPU with FEAT_BF16: bfmmla against what the other CPUs get. The counts repeat; they say nothing about caches.
+loops: the hottest loop of each kernel, found in the disassembly of isa/neon.cpp and isa/neon_bf16.cpp;
+llvm-mca-19 gives its cycles and the limit that the busiest port sets.
 
 Needs what tools/arm/build.sh needs, gcc, and llvm-19 for `loops`. Rows go to benchmarks/results/arm-*.csv.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import functools
 import os
 import re
@@ -41,16 +43,53 @@ LAYERS = (
     (1024, 7, 1),
 )
 OUTPUTS = 32 * 112 * 112  # of a counted call of a layer
+POINTWISE = ((32, 64, 112), (64, 128, 56), (256, 256, 28), (512, 512, 14), (1024, 1024, 7))  # in, out, height = width
 CPUS = ("cortex-a76", "neoverse-n1", "neoverse-v1")
 
 
 # ---------------------------------------------------------------- inside the emulator
 
 
-def guest(only: str) -> None:
-    """Runs every case between two marks, after naming it on stderr, where the counts go too."""
-    import ctypes
+def counted(only: str, name: str, batch: int, outputs: int, call: Callable[[], object]) -> None:
+    """Runs a case between two marks, after naming it on stderr, where the counts go too."""
+    if not re.search(only, name):
+        return
+    mark = ctypes.CDLL(str(BUILD / "libmark.so"))
+    call()
+    print(f"case {name},{batch},{outputs}", file=sys.stderr, flush=True)
+    mark.mark_begin()
+    call()
+    mark.mark_end()
 
+
+def guest_bf16(only: str) -> None:
+    import numpy as np
+
+    sys.path.insert(0, str(BUILD / "package" / "mnops"))
+    import _C  # without mnops, which needs torch
+
+    def bf16(*shape: int) -> np.ndarray:  # its bits
+        return (np.random.default_rng(0).normal(size=shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+    def layer(c: int, o: int, h: int, isa: str) -> None:
+        x, weight, g = bf16(h * h, c), np.ones((o, c), np.float32), bf16(h * h, o)
+        vectors = {name: np.ones(c, np.float32) for name in ("mean", "var", "gamma", "beta")}
+        norm, zeros = vectors | {"eps": 1e-5, "act": "relu"}, np.zeros(o, np.float32)
+        forward = functools.partial(_C.pointwise_conv2d, isa, x, weight, norm)
+
+        def step() -> None:
+            y, mean, _ = forward()
+            _C.pointwise_conv2d_backward(isa, g, y, zeros, zeros, mean, x, weight, norm)
+
+        for phase, call in (("forward", forward), ("forward+backward", step)):
+            counted(only, f"pointwise {c}->{o} {h}x{h} bf16,{phase},mnops {isa}", 1, o * h * h, call)
+
+    for shape in POINTWISE:
+        for isa in ("neon", "neon_bf16"):
+            layer(*shape, isa)
+
+
+def guest(only: str) -> None:
     import torch
     from torch import nn
 
@@ -58,16 +97,7 @@ def guest(only: str) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    mark = ctypes.CDLL(str(BUILD / "libmark.so"))
-
-    def count(name: str, batch: int, outputs: int, call: Callable[[], object]) -> None:
-        if not re.search(only, name):
-            return
-        call()
-        print(f"case {name},{batch},{outputs}", file=sys.stderr, flush=True)
-        mark.mark_begin()
-        call()
-        mark.mark_end()
+    count = functools.partial(counted, only)
 
     def passes(case: str, contender: str, net: nn.Module, x: torch.Tensor, outputs: int) -> None:
         g = torch.randn_like(net(x))
@@ -118,24 +148,25 @@ def instructions(arguments: argparse.Namespace) -> None:
     subprocess.run(
         ["aarch64-linux-gnu-gcc", "-O2", "-fPIC", "-shared", "-xc", "-", "-o", mark], input=source, check=True
     )
-    env = os.environ | {"ARM_CPU": "cortex-a76", "QEMU_ARGS": f"-plugin {plugin} -d plugin"}
-    env |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(BUILD / "package")}
-    command = [
-        f"{cache}/python",
-        __file__,
-        "guest",
-        "--only",
-        arguments.only,
-    ]
+    env = os.environ | {"QEMU_ARGS": f"-plugin {plugin} -d plugin", "PYTHONSAFEPATH": "1"}
+    env |= {"PYTHONPATH": str(BUILD / "package")}
+    rows = []
+    for what, cpu in (("guest", "cortex-a76"), ("guest-bf16", "max,sve=off")):
+        command = [f"{cache}/python", __file__, what, "--only", arguments.only]
+        rows += counted_rows(command, env | {"ARM_CPU": cpu})
+    write("arm-instructions.csv", rows, arguments.only != "")
+
+
+def counted_rows(command: list[str], env: dict[str, str]) -> list[dict]:
     run = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     rows, name = [], ""
     for line in run.stderr:
         if line.startswith("case "):
             name = line[5:].strip()
         elif line.startswith("counted "):
-            counted = {k: int(v) for k, v in (pair.split("=") for pair in line.split()[1:])}
+            classes = {k: int(v) for k, v in (pair.split("=") for pair in line.split()[1:])}
             case, phase, contender, batch, outputs = name.split(",")
-            total = sum(counted.values())
+            total = sum(classes.values())
             rows.append(
                 {
                     "case": case,
@@ -145,14 +176,14 @@ def instructions(arguments: argparse.Namespace) -> None:
                     "outputs": int(outputs),
                     "instructions": total,
                     "per_output": round(total / int(outputs), 2),
-                    "fma": counted["fma"],
-                    "vector_loads": counted["vector_load"],
+                    "fma": classes["fma"],
+                    "vector_loads": classes["vector_load"],
                 }
             )
             print(*rows[-1].values(), flush=True)
     if run.wait():
         raise SystemExit(f"the emulated run ended with {run.returncode}")
-    write("arm-instructions.csv", rows, arguments.only != "")
+    return rows
 
 
 def write(name: str, rows: list[dict], partial: bool) -> None:
@@ -174,7 +205,7 @@ def write(name: str, rows: list[dict], partial: bool) -> None:
         writer.writerows(rows)
 
 
-# The functions whose hottest loop is shown: what it is, outputs (or terms) of one pass of it in vectors.
+# The functions whose hottest loop is shown: what it is, its name, of which instruction set if not of neon.
 LOOPS = (
     ("depthwise forward 3x3 stride 1, measured", r"direct_convolve<.*F32x4, 3, 1, 2, true, float"),
     ("depthwise forward 3x3 stride 1", r"direct_convolve<.*F32x4, 3, 1, 2, false, float"),
@@ -184,6 +215,8 @@ LOOPS = (
     ("separable depthwise 3x3 stride 1", r"convolve_to_panels<.*Act.1, .*F32x4, 3, 1, float"),
     ("pointwise product", r"multiply_block<.*F32x4"),
     ("pointwise weight gradient", r"weight_gradient<.*F32x4"),
+    ("pointwise product, bf16", r"multiply_block<.*F32x4, mnops::bf16", "neon_bf16"),
+    ("pointwise weight gradient, bf16", r"pointwise_backward<mnops::bf16, mnops::bf16", "neon_bf16"),
 )
 
 
@@ -207,15 +240,16 @@ def inner_loops(listing: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def loops(arguments: argparse.Namespace) -> None:
-    compiled = next(ROOT.glob("build/cmake-linux-aarch64-*/**/neon.cpp.o"))
-    listing = subprocess.check_output(
-        ["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", compiled], text=True
-    )
-    found = list(inner_loops(listing))
-    is_fma = re.compile(r"f?mla\s|fmul\s+v|bfdot\s")
+    found = {}
+    for isa in ("neon", "neon_bf16"):
+        compiled = next(ROOT.glob(f"build/cmake-linux-aarch64-*/**/{isa}.cpp.o"))
+        command = ["aarch64-linux-gnu-objdump", "-dC", "--no-show-raw-insn", compiled]
+        found[isa] = list(inner_loops(subprocess.check_output(command, text=True)))
     rows = []
-    for what, pattern in LOOPS:
-        candidates = [body for name, body in found if re.search(pattern, name)]
+    for what, pattern, *isa in LOOPS:
+        is_fma = re.compile(r"bfmmla\s" if isa else r"f?mla\s|fmul\s+v")
+        candidates = [body for name, body in found[isa[0] if isa else "neon"] if re.search(pattern, name)]
+        candidates = [body for body in candidates if any(is_fma.match(i) for i in body)]
         if not candidates:
             print(f"{what}: no loop matches {pattern}", file=sys.stderr)
             continue
@@ -223,7 +257,7 @@ def loops(arguments: argparse.Namespace) -> None:
         body = max(straight or candidates, key=lambda b: sum(bool(is_fma.match(i)) for i in b))
         fma = sum(bool(is_fma.match(i)) for i in body)
         loads = sum((2 if i.startswith("ldp") else 1) for i in body if re.match(r"ldu?[rp]\s+[qds]|ld1", i))
-        for cpu in CPUS:
+        for cpu in CPUS[-1:] if isa else CPUS:  # the last one has FEAT_BF16
             # a branch target means nothing to the simulator; the label stands for it
             source = "\n".join(re.sub(r"\s[0-9a-f]+ <.*", " 0", re.sub(r"\s*//.*", "", i)) for i in body)
             mca = ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={cpu}", "-iterations=200", "-"]
@@ -252,13 +286,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["instructions", "loops", "guest"])
+    parser.add_argument("what", choices=["instructions", "loops", "guest", "guest-bf16"])
     parser.add_argument(
         "--only", default="", help="a regular expression on 'case,pass,contender'; keeps the other rows"
     )
     arguments = parser.parse_args()
-    if arguments.what == "guest":
-        guest(arguments.only)
+    if arguments.what.startswith("guest"):
+        {"guest": guest, "guest-bf16": guest_bf16}[arguments.what](arguments.only)
     else:
         {"instructions": instructions, "loops": loops}[arguments.what](arguments)
 

@@ -30,6 +30,8 @@ ACTS = ("none", "relu", "relu6", "hardswish", "silu")
 # One rounding of a stored value, and of a value computed in the arithmetic type, with room for a few of them.
 STORED = {"float32": 2e-6, "float64": 1e-13, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 COMPUTED = {"float32": 2e-6, "float64": 1e-13, "float16": 2e-6, "bfloat16": 2e-6}
+# Of a sum of products whose factors are rounded to bf16 first: an error in fp32 may round one the other way.
+OF_ROUNDED = 2e-5
 
 RUNS = {c["name"]: c["built"] and c["supported"] for c in C.cpu_capabilities()}
 VARIANTS = [
@@ -246,9 +248,9 @@ def check_measured(y, mean, var, dtype):
     close(var, y.var(0), 4 * COMPUTED[dtype], "var", y.var(0) + COMPUTED[dtype] * np.square(y).mean(0))
 
 
-def check_vectors(got, true, sizes, dtype):
+def check_vectors(got, true, sizes, tolerance):
     for name, g, t, size in zip(("dmean", "dvar", "dgamma", "dbeta"), got, true, sizes, strict=True):
-        close(g, t, 8 * COMPUTED[dtype], name, size)
+        close(g, t, 8 * tolerance, name, size)
 
 
 def check_depthwise(rng, isa, dtype, shape, act, identity=False):
@@ -279,7 +281,7 @@ def check_depthwise(rng, isa, dtype, shape, act, identity=False):
     dx, vectors, sizes = norm.backward(gz[:, top : top + shape.h, left : left + shape.w], xw)
     close(got[0], dx, STORED[dtype], "dx")
     close(got[1], dweight, 4 * COMPUTED[dtype], "dweight", size)
-    check_vectors(got[2:], vectors, sizes, dtype)
+    check_vectors(got[2:], vectors, sizes, COMPUTED[dtype])
 
 
 # ---------------------------------------------------------------- tests
@@ -320,12 +322,21 @@ def test_mean_a_thousand_deviations_away(variant, rng):
     close(var, wide(y).var(0), 1e-4, "var")
 
 
+def factors(isa, dtype):
+    """What a product does to its factors before it multiplies them, and how exact its sums are."""
+    if (isa, dtype) == ("neon_bf16", "bfloat16"):
+        return lambda a: wide(stored(a, dtype)), OF_ROUNDED
+    return np.asarray, COMPUTED[dtype]
+
+
 def check_pointwise(rng, isa, dtype, pixels, c, o, act, identity=False):
+    factor, tolerance = factors(isa, dtype)
     x, xw = draw(rng, (pixels, c), dtype)
     w, ww = arithmetic(rng.normal(size=(o, c)) / c**0.5, dtype)
+    ww = factor(ww)
     norm = Norm(rng, c, act, dtype, identity)
     y, mean, var = C.pointwise_conv2d(isa, x, w, norm.given)
-    z = norm.z(xw)
+    z = factor(norm.z(xw))
     close(y, z @ ww.T, STORED[dtype], "y", np.abs(z) @ np.abs(ww.T) / c**0.5)
     check_measured(y, mean, var, dtype)
     again = C.pointwise_conv2d(isa, x, w, norm.given, measure=False)
@@ -335,11 +346,11 @@ def check_pointwise(rng, isa, dtype, pixels, c, o, act, identity=False):
     g_mean, g_mean_w = arithmetic(rng.normal(size=o), dtype)
     g_var, g_var_w = arithmetic(rng.normal(size=o), dtype)
     got = C.pointwise_conv2d_backward(isa, g, y, g_mean, g_var, mean, x, w, norm.given)
-    gy = incoming(gw, wide(y), g_mean_w, g_var_w, wide(mean), pixels)
+    gy = factor(incoming(gw, wide(y), g_mean_w, g_var_w, wide(mean), pixels))
     dx, vectors, sizes = norm.backward(gy @ ww, xw)
     close(got[0], dx, STORED[dtype], "dx")
-    close(got[1], gy.T @ z, 4 * COMPUTED[dtype], "dweight", np.abs(gy.T) @ np.abs(z))
-    check_vectors(got[2:], vectors, sizes, dtype)
+    close(got[1], gy.T @ z, 4 * tolerance, "dweight", np.abs(gy.T) @ np.abs(z))
+    check_vectors(got[2:], vectors, sizes, tolerance)
 
 
 PIXELS = {
@@ -398,7 +409,7 @@ def check_stem(rng, isa, dtype, shape, o, act, identity=False):
     dx, vectors, sizes = norm.backward(gz[:, top : top + shape.h, left : left + shape.w], xw)
     close(got[0], dx, STORED[dtype], "dx")
     close(got[1], dweight, 4 * COMPUTED[dtype], "dweight", size)
-    check_vectors(got[2:], vectors, sizes, dtype)
+    check_vectors(got[2:], vectors, sizes, COMPUTED[dtype])
     alone = C.stem_conv2d_backward(*given, **arguments, need_input=False)
     close(alone, dweight, 4 * COMPUTED[dtype], "dweight without dx", size)
 
@@ -479,7 +490,7 @@ def test_norm_act_and_pool(variant, size, act, rng):
                     (C.norm_act_pool_backward(isa, pooled, x, norm.given), spread)):  # fmt: skip
         dx, vectors, sizes = norm.backward(gz, xw)
         close(got[0], dx, STORED[dtype], "dx")
-        check_vectors(got[1:], vectors, sizes, dtype)
+        check_vectors(got[1:], vectors, sizes, COMPUTED[dtype])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_exact, enough
 from cases import ACTS, CASES, DTYPES, Case, vectors
+from mnops._C import cpu_capability
 
 import mnops
 from mnops import Pending, backends, ops
@@ -73,6 +74,18 @@ def tensor_cores(device):
     return "mnops_triton", "mnops_cuda_emulated", *(["mnops"] if device == "cuda" else [])
 
 
+def multiplies_bf16(op, x):
+    """Whether the CPU rounds both factors of this op's products to bf16 (bfmmla)."""
+    native = x.device.type == "cpu" and backends.choose(op, "cpu") == "mnops"
+    return native and op == "pointwise_conv2d" and x.dtype == torch.bfloat16 and cpu_capability() == "neon_bf16"
+
+
+def rounded_conv(case, pending, weight):
+    """stock_conv with both factors in x's dtype, as stock PyTorch has them in half precision and under autocast."""
+    y = case.stock_conv(spelled_out(pending).to(pending.x), weight.to(pending.x))
+    return y, y.float().mean((0, 2, 3)), y.float().var((0, 2, 3), correction=0)
+
+
 def enough_against_reference(op, device, channels):
     """One draw where the reference serves, which would be compared with itself: it runs, and all is finite."""
     return range(1) if backends.choose(op, device) == "mnops_reference" else enough(channels)
@@ -87,6 +100,8 @@ def assert_near_reference(case, draws):
     rounded = op != "depthwise_conv2d" and backends.choose(op, device) in tensor_cores(device)
 
     def other(x, weight, *rest):
+        if multiplies_bf16(op, x):  # the reference keeps z and gy in fp32
+            return conv_and_gradients(case, functools.partial(rounded_conv, case), x, weight, *rest)
         return by_reference(run)(x, weight.to(x.dtype) if rounded else weight, *rest)
 
     assert_as_exact(run, other, exact, draws, f"{case} {draws[0][0].dtype}")

@@ -67,7 +67,7 @@ template <class T> struct Pointwise {
   int64_t mc;              // pixels in one cache block
   const void* x;
   void* out;               // y forward, dx backward (null: not wanted)
-  const T* packed;         // forward: panels over o; backward: panels over k of the transposed matrix
+  const void* packed;      // forward: panels over o; backward: panels over k of the transposed matrix
   const T* weight;         // the (o, k) matrix, where each panel is packed by who uses it: packed is null
   Norm<T> norm;
   Incoming<T> incoming;    // backward only

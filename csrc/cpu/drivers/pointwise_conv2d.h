@@ -15,13 +15,13 @@ inline bool few_pixels(int64_t m, int64_t k) { return m < k / 2; }
 
 // Packs the (o, k) matrix by panels over o (forward) or over k (backward), on all threads, into shared scratch memory.
 template <class T>
-const T* pack_matrix(const Kernels<T>& kernels, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
-  const int64_t panels = ceil_div(by_output ? o : k, kernels.nr), size = (by_output ? k : o) * kernels.nr;
-  T* const packed = reinterpret_cast<T*>(scratch<Scratch::packed>(panels * size * sizeof(T)));
+const void* pack_matrix(const Packing<T>& packing, int nr, const Threads& threads, const T* w, int64_t o, int64_t k, bool by_output) {
+  const int64_t panels = ceil_div(by_output ? o : k, nr), size = packing.panel_bytes(by_output ? k : o);
+  char* const packed = scratch<Scratch::packed>(panels * size);
   const int count = threads.worth(o * k);
   threads.run(count, [&](int t) {
     const int64_t first = panels * t / count, last = panels * (t + 1) / count;
-    (by_output ? kernels.pack_columns : kernels.pack_rows)(w, o, k, first, last, packed + first * size);
+    (by_output ? packing.columns : packing.rows)(w, o, k, first, last, packed + first * size);
   });
   return packed;
 }
@@ -41,7 +41,7 @@ void pointwise_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t
   const int64_t panels = ceil_div(o, kernels.nr);
   const bool by_panel = few_pixels(m, k) && panels >= count;
   p.mc = by_panel ? ceil_div(m, kernels.mr) * kernels.mr : block_of_pixels<T>(192 * 1024, k, m, kernels.mr);
-  p.packed = by_panel ? nullptr : pack_matrix(kernels, threads, weight, o, k, true);
+  p.packed = by_panel ? nullptr : pack_matrix(kernels.pointwise_packing, kernels.nr, threads, weight, o, k, true);
   const ThreadMoments moments(count, o);
   const size_t bytes = kernels.pointwise_forward_scratch(p);
   threads.run(count, [&](int t) {
@@ -75,7 +75,7 @@ void pointwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
   const bool by_panel = panels >= count && m < 4 * k;
   const bool one_block = by_panel && few_pixels(m, k);
   if (one_block) p.mc = ceil_div(m, kernels.mr) * kernels.mr;
-  p.packed = one_block || !dx ? nullptr : pack_matrix(kernels, threads, weight, o, k, false);
+  p.packed = one_block || !dx ? nullptr : pack_matrix(kernels.pointwise_packing, kernels.nr, threads, weight, o, k, false);
   const int copies = by_panel ? 1 : count;
   T* const gw = dweight ? reinterpret_cast<T*>(scratch<Scratch::gradient>(copies * size * sizeof(T))) : nullptr;
   const ThreadNormSums sums(count, k);

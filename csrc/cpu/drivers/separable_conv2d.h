@@ -8,7 +8,7 @@ namespace mnops {
 template <class T>
 void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const DepthwiseShape& s, int64_t o, const void* x,
                       const Pending<T>& pending, const T* depthwise_weight, const Pending<T>& mid, const T* weight, void* y) {
-  const int64_t m = s.n * s.ho * s.wo, panels = ceil_div(o, kernels.nr), size = s.c * kernels.nr;
+  const int64_t m = s.n * s.ho * s.wo, panels = ceil_div(o, kernels.nr), size = kernels.pointwise_packing.panel_bytes(s.c);
   const int count = threads.worth(m * (s.c + o) + m * s.c * o / 48);  // 48 products take the time of an element
   const NormVectors<T> norm(pending, s.c), mid_norm(mid, s.c);
   const Buffer<T> taps = pack_depthwise_weight(depthwise_weight, s.c, int64_t(s.kh) * s.kw);
@@ -29,12 +29,12 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
   // thread packs its own. Where its pixels are few against the weights, the threads share the panels instead.
   if (few_pixels(m * 2 / count, s.c) && panels >= count) {
     q.mc = rows * kernels.mr;
-    T* const z = reinterpret_cast<T*>(scratch<Scratch::packed>((q.mc * padded(s.c)) * sizeof(T)));
+    void* const z = scratch<Scratch::packed>(q.mc * padded(s.c) * sizeof(T));
     const size_t bytes = kernels.separable_scratch(p);
     threads.run(count, [&](int t) { kernels.separable_depthwise(p, pixels(t, count), pixels(t + 1, count), z, scratch(bytes)); });
     const int64_t chunks = std::min(panels, most_chunks);
     threads.share(count, chunks, [&] {
-      T* const packed = reinterpret_cast<T*>(scratch(size * sizeof(T)));
+      void* const packed = scratch(size);
       return [&, packed](int64_t i) {
         kernels.separable_pointwise(p, z, panels * i / chunks, panels * (i + 1) / chunks, packed);
       };
@@ -47,8 +47,8 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
   q.mc = ceil_div(ceil_div(chunk, ceil_div(chunk, most)), kernels.mr) * kernels.mr;
   threads.share(count, chunks, [&] {
     Separable<T> own = p;
-    T* const packed = reinterpret_cast<T*>(scratch<Scratch::packed>(panels * size * sizeof(T)));
-    kernels.pack_columns(weight, o, s.c, 0, panels, packed);
+    void* const packed = scratch<Scratch::packed>(panels * size);
+    kernels.pointwise_packing.columns(weight, o, s.c, 0, panels, packed);
     own.pointwise.packed = packed;
     return [&, own](int64_t i) {
       kernels.separable_forward(own, pixels(i, chunks), pixels(i + 1, chunks), scratch(kernels.separable_scratch(own)));

@@ -19,7 +19,7 @@ void stem_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t imag
   const int64_t rows = images * w.ho;
   const int count = int(std::min<int64_t>(rows, threads.worth(p.m * (p.k + o))));
   const NormVectors<T> norm(pending, w.c, w.c ? p.k / w.c : 1);
-  p.x = x, p.out = y, p.packed = pack_matrix(kernels, threads, weight, o, p.k, true), p.norm = norm.norm;
+  p.x = x, p.out = y, p.packed = pack_matrix(kernels.stem_packing, kernels.nr, threads, weight, o, p.k, true), p.norm = norm.norm;
   p.measure = mean != nullptr, p.stream = worth_streaming(p.m * o * int64_t(sizeof(T)));
   const ThreadMoments moments(count, o);
   const size_t bytes = kernels.stem_scratch(p, w, false);
@@ -38,7 +38,7 @@ void stem_conv2d_backward(const Kernels<T>& kernels, const Threads& threads, int
   const int count = int(std::clamp<int64_t>(units, 1, threads.worth(p.m * (p.k + o))));
   const NormVectors<T> norm(pending, w.c, w.c ? p.k / w.c : 1);
   const IncomingVectors<T> incoming(out, o, p.m);
-  p.x = x, p.out = dx, p.packed = dx ? pack_matrix(kernels, threads, weight, o, p.k, false) : nullptr;
+  p.x = x, p.out = dx, p.packed = dx ? pack_matrix(kernels.stem_packing, kernels.nr, threads, weight, o, p.k, false) : nullptr;
   p.norm = norm.norm, p.incoming = incoming.incoming, p.need_weight = dweight != nullptr;
 
   const int64_t nr = kernels.nr, size = ceil_div(o, nr) * p.k * nr;

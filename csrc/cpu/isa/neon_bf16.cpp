@@ -1,7 +1,8 @@
-// NEON where the CPU has FEAT_BF16: bf16 is stored by bfcvtn, one instruction for nine. The other dtypes are neon's.
+// NEON where the CPU has FEAT_BF16: bf16 is stored by bfcvtn, one instruction for nine, and multiplied by bfmmla, one for
+// four, in pointwise convolutions. The other dtypes are neon's.
 #include "cpu/vec/neon.h"
 #include "cpu/kernels/instantiate.h"
 
 namespace mnops {
-const Kernels<float> neon_bf16_kernels = kernels<bf16>();
+const Kernels<float> neon_bf16_kernels = kernels<bf16, bf16>();
 }

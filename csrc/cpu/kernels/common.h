@@ -125,9 +125,9 @@ template <class S, class V> MNOPS_INLINE V rounded(V v) {
 
 // z = act((x - mean) * scale + shift) for `c` channels of `pixels` pixels, x_stride and z_stride apart. U vectors (a cache
 // line of channels) at a time, their norm in registers; z is padded to whole vectors.
-template <Act act, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T>
+template <Act act, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T, class Z>
 MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_t c, const T* mean, const T* scale,
-                            const T* shift, T* z, int64_t z_stride) {
+                            const T* shift, Z* z, int64_t z_stride) {
   for (int64_t i = 0; i < c; i += U * V::N)
     with_lanes(c - i >= U * V::N, [&](auto lanes) {
       const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);
@@ -147,9 +147,9 @@ MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_
 }
 
 // gy = g + offset + slope * (y - mean), likewise. Unmeasured, gy = g and y is not read.
-template <bool measured, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T>
+template <bool measured, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T, class Z>
 MNOPS_INLINE void correct(const S* g, const S* y, int64_t stride, int64_t pixels, int64_t c, const T* offset, const T* slope,
-                          const T* mean, T* gy, int64_t gy_stride) {
+                          const T* mean, Z* gy, int64_t gy_stride) {
   for (int64_t i = 0; i < c; i += U * V::N)
     with_lanes(c - i >= U * V::N, [&](auto lanes) {
       const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);

@@ -18,15 +18,18 @@ template <class S> constexpr auto depthwise_scratch_of_tile() {
   if constexpr (Tile::direct) return depthwise_direct_scratch<S>; else return depthwise_forward_scratch<S>;
 }
 
-template <class S, class T = typename Arithmetic<S>::type> constexpr Kernels<T> kernels() {
+template <class P, class T> constexpr Packing<T> packing() { return {panel_bytes<P, T>, pack_columns<P, T>, pack_rows<P, T>}; }
+
+// S is what is stored, P what is multiplied.
+template <class S, class P = typename Arithmetic<S>::type, class T = typename Arithmetic<S>::type> constexpr Kernels<T> kernels() {
   using V = typename Vec<T>::type;
   static_assert(channel_quantum % V::N == 0, "padded channel vectors hold whole vectors");
   static_assert(channel_quantum % Shape<V>::nr == 0, "and whole panels of the matrix product");
   return {V::N, Shape<V>::mr, Shape<V>::nr,
           depthwise_scratch_of_tile<S>(), depthwise_forward_of_tile<S>(), depthwise_backward_scratch<S>, depthwise_backward<S>,
-          pack_columns<T>, pack_rows<T>, pointwise_forward_scratch<T>, pointwise_backward_scratch<T>,
-          pointwise_forward<S>, pointwise_backward<S>, stem_scratch<T>, stem_forward<S>, stem_backward<S>,
-          separable_scratch<S>, separable_forward<S>, separable_depthwise<S>, separable_pointwise<S>,
+          packing<P, T>(), packing<T, T>(), pointwise_forward_scratch<P, T>, pointwise_backward_scratch<P, T>,
+          pointwise_forward<S, P>, pointwise_backward<S, P>, stem_scratch<T>, stem_forward<S>, stem_backward<S>,
+          separable_scratch<P, T>, separable_forward<S, P>, separable_depthwise<S, P>, separable_pointwise<S, P>,
           norm_act_forward<S>, norm_act_backward<S>, norm_act_pool_forward<S>, norm_act_pool_backward<S>};
 }
 

@@ -10,6 +10,9 @@
 //   weight gradient  gw[o, k] = sum_m gy[m, o] z[m, k]      both panels as they are
 // Bytes moved: x and y once forward; g, y, x (twice, the second time from L2) and dx backward; plus the weights from
 // L2/L3 once a block. It loses where k and o are both tiny (then the packing is the work).
+//
+// P is what is multiplied: the arithmetic type, or bf16 where the CPU has an instruction for that, whose sums are fp32. Then
+// z, gy and the weights are rounded as they are packed, as stock PyTorch rounds them in bf16 or under autocast.
 #pragma once
 #include "cpu/kernels/common.h"
 
@@ -19,6 +22,9 @@ namespace {
 template <class V> struct Shape {
   static constexpr int nv = Tile::nv, nr = V::N * nv, mr = Tile::mr;
 };
+
+// So many steps of k lie side by side in a packed panel of weights, [k / kr][nr][kr].
+template <class P> constexpr int kr = sizeof(P) == 2 ? 4 : 1;
 
 // put(r, v, sum over panels, then k, of A(r, k) B[k][v]); A(r, k) = a[r * rs + k * ks] inside a panel of panel_k. RS and KS
 // are those strides where they are known, else 0.
@@ -78,9 +84,58 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
     for (int v = 0; v < NV; v++) put(r, v, acc[r][v]);
 }
 
+// The same of bf16, four steps of k at a time. Where they run down the rows of A's panel (KS > 1), B is such a panel too.
+template <class V, int MR, int RS, int KS, class Put>
+MNOPS_INLINE void micro_kernel(const bf16* a, int64_t panel_stride, int64_t k, int64_t, const bf16* b, Put put) {
+  constexpr int NR = Shape<V>::nr;
+  static_assert(MR == 8 && NR == 8, "four factors of two rows each");
+  using F = typename V::Factor;
+  V acc[MR / 2][NR / 2];
+#pragma GCC unroll 4
+  for (int r = 0; r < MR / 2; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < NR / 2; c++) acc[r][c] = V::zero();
+  auto multiply = [&](const F* av, const F* bv) {
+#pragma GCC unroll 4
+    for (int r = 0; r < MR / 2; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < NR / 2; c++) acc[r][c] = fma(av[r], bv[c], acc[r][c]);
+  };
+  if constexpr (KS > 1) {
+    for (; k > 0; k -= 4, a += 4 * KS, b += 4 * KS) {
+      F av[MR / 2], bv[NR / 2];
+      F::load_transposed(a, av), F::load_transposed(b, bv);
+      multiply(av, bv);
+    }
+  } else {
+    auto multiply_packed = [&](const F* av, const bf16* packed) {
+      F bv[NR / 2];
+#pragma GCC unroll 4
+      for (int c = 0; c < NR / 2; c++) bv[c] = F::load(packed + 8 * c);
+      multiply(av, bv);
+    };
+    for (; k > 0; k -= NR, a += panel_stride, b += NR * NR) {
+      F left[MR / 2], right[MR / 2];
+#pragma GCC unroll 4
+      for (int r = 0; r < MR / 2; r++) F::load_rows(a + 2 * r * RS, left[r], right[r]);
+      multiply_packed(left, b);
+      if (k <= 4) break;
+      multiply_packed(right, b + 4 * NR);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < MR / 2; r++)
+#pragma GCC unroll 2
+    for (int c = 0; c < NR / 2; c += 2) {
+      V two[2];
+      V::to_rows(acc[r][c], acc[r][c + 1], two);
+      put(2 * r, c / 2, two[0]), put(2 * r + 1, c / 2, two[1]);
+    }
+}
+
 // Block product: tile[rows][nr] = panels of A times one packed panel of B, `rows` rounded up to mr.
-template <class V>
-void multiply_block(const typename V::T* a, int64_t mc, int64_t rows, int64_t k, const typename V::T* b, typename V::T* tile) {
+template <class V, class P>
+void multiply_block(const P* a, int64_t mc, int64_t rows, int64_t k, const P* b, typename V::T* tile) {
   constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
   for (int64_t r = 0; r < rows; r += MR)
     micro_kernel<V, MR, NR, 1>(a + r * NR, mc * NR, k, NR, b, [&](int i, int v, V c) { c.store(tile + (r + i) * NR + v * V::N); });
@@ -88,8 +143,8 @@ void multiply_block(const typename V::T* a, int64_t mc, int64_t rows, int64_t k,
 
 // Weight gradient of one panel pair: gw[o0 .. o0 + nr)[nr] += sum over rows of gy panel^T z panel; `first`: = that.
 // nr output channels are cut into micro-tiles of about mr rows: 16 = 6 + 5 + 5 on AVX2.
-template <class V, int left>
-MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V::T* z, int64_t rows, bool first, typename V::T* gw) {
+template <class V, int left, class P>
+MNOPS_INLINE void multiply_transposed(const P* gy, const P* z, int64_t rows, bool first, typename V::T* gw) {
   constexpr int NR = Shape<V>::nr, tiles = (left + Shape<V>::mr - 1) / Shape<V>::mr, MR = (left + tiles - 1) / tiles;
   for (int r = 0; r < MR; r++) prefetch_to_write(gw + r * NR);
   micro_kernel<V, MR, 1, NR>(gy, 0, rows, rows, z, [&](int r, int v, V c) {
@@ -99,36 +154,58 @@ MNOPS_INLINE void multiply_transposed(const typename V::T* gy, const typename V:
   if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, first, gw + MR * NR);
 }
 
-// Packs panels [panel_begin, panel_end) over o of a dense (o, k) matrix: dst[p - panel_begin][k][nr] = w[p * nr + i][k],
-// zero beyond o.
-template <class T> void pack_columns(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst) {
+// Elements of a packed panel of weights that is `k` steps long.
+template <class P, class T> MNOPS_INLINE int64_t panel_size(int64_t k) {
+  return round_up(k, kr<P>) * Shape<typename Vec<T>::type>::nr;
+}
+template <class P, class T> size_t panel_bytes(int64_t k) { return panel_size<P, T>(k) * sizeof(P); }
+
+// Packs panels [panel_begin, panel_end) over o of a dense (o, k) matrix: panel p - panel_begin of dst holds w[p * nr + i][k],
+// zero beyond o and k.
+template <class P, class T> void pack_columns(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, void* dst) {
   using V = typename Vec<T>::type;
-  constexpr int NR = Shape<V>::nr, N = V::N;
+  constexpr int NR = Shape<V>::nr, N = V::N, KR = kr<P>;
   for (int64_t p = panel_begin; p < panel_end; p++) {
-    T* to = dst + (p - panel_begin) * k * NR;
+    P* const to = static_cast<P*>(dst) + (p - panel_begin) * panel_size<P, T>(k);
     for (int v = 0; v < NR; v += N) {
       const int64_t o0 = p * NR + v, rows = least(N, o - o0);
       int64_t kk = 0;
-      if (rows == N)
-        for (; kk + N <= k; kk += N) V::transpose(w + o0 * k + kk, k, to + kk * NR + v, NR);
-      for (; kk < k; kk++)
-        for (int i = 0; i < N; i++) to[kk * NR + v + i] = i < rows ? w[(o0 + i) * k + kk] : T(0);
+      if constexpr (KR > 1) {
+        for (; kk < k; kk += KR)
+          for (int i = 0; i < N; i++)
+            (i < rows ? load_some<V>(w + (o0 + i) * k + kk, k - kk) : V::zero()).store(to + kk * NR + (v + i) * KR);
+      } else {
+        if (rows == N)
+          for (; kk + N <= k; kk += N) V::transpose(w + o0 * k + kk, k, to + kk * NR + v, NR);
+        for (; kk < k; kk++)
+          for (int i = 0; i < N; i++) to[kk * NR + v + i] = i < rows ? w[(o0 + i) * k + kk] : T(0);
+      }
     }
   }
 }
 
-// The same of panels over k: dst[p - panel_begin][o][nr] = w[o][p * nr + i].
-template <class T> void pack_rows(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst) {
-  constexpr int NR = Shape<typename Vec<T>::type>::nr;
+// The same of panels over k, o steps long: w[o][p * nr + i].
+template <class P, class T> void pack_rows(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, void* dst) {
+  using V = typename Vec<T>::type;
+  constexpr int NR = Shape<V>::nr, KR = kr<P>;
   for (int64_t p = panel_begin; p < panel_end; p++) {
     const int64_t lanes = least(NR, k - p * NR);
-    for (int64_t i = 0; i < o; i++) {
+    for (int64_t i = 0; i < o; i += KR) {
       const T* const from = w + i * k + p * NR;
-      T* const to = dst + ((p - panel_begin) * o + i) * NR;
-      if (lanes == NR)
+      P* const to = static_cast<P*>(dst) + (p - panel_begin) * panel_size<P, T>(o) + i * NR;
+      if constexpr (KR > 1) {
+        for (int j = 0; j < NR; j += V::N) {
+          T rows[KR][V::N], columns[V::N][KR];
+          for (int q = 0; q < KR; q++)
+            (i + q < o ? load_lanes<Lanes::some, V>(from + q * k + j, lanes - j) : V::zero()).store(rows[q]);
+          V::transpose(rows[0], V::N, columns[0], KR);
+          for (int v = 0; v < V::N; v++) V::load(columns[v]).store(to + (j + v) * KR);
+        }
+      } else if (lanes == NR) {
         for (int j = 0; j < NR; j++) to[j] = from[j];
-      else
+      } else {
         for (int j = 0; j < NR; j++) to[j] = j < lanes ? from[j] : T(0);
+      }
     }
   }
 }
@@ -142,8 +219,8 @@ template <class S> MNOPS_INLINE void fetch_part(const S* array, int64_t count, i
 }
 
 // Pixels [m0, m0 + rows) of z, panels [panel_begin, panel_end) of its channels.
-template <class V, class S, class T>
-MNOPS_INLINE void pack_pixels(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t panel_begin, int64_t panel_end, T* panels) {
+template <class V, class S, class P, class T>
+MNOPS_INLINE void pack_pixels(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t panel_begin, int64_t panel_end, P* panels) {
   constexpr int NR = Shape<V>::nr;
   const S* x = static_cast<const S*>(p.x) + m0 * p.k;
   with_act(p.norm.act, [&](auto act) {
@@ -155,12 +232,12 @@ MNOPS_INLINE void pack_pixels(const Pointwise<T>& p, int64_t m0, int64_t rows, i
 
 // ---------------------------------------------------------------- forward
 
-template <class T> size_t pointwise_forward_scratch(const Pointwise<T>& p) {
+template <class P, class T> size_t pointwise_forward_scratch(const Pointwise<T>& p) {
   using V = typename Vec<T>::type;
   Arena a{nullptr};
-  a.take<T>(round_up(p.k, Shape<V>::nr) * p.mc);
+  a.take<P>(round_up(p.k, Shape<V>::nr) * p.mc);
   a.take<T>(p.mc * Shape<V>::nr);
-  if (!p.packed) a.take<T>(p.k * Shape<V>::nr);
+  if (!p.packed) a.take<P>(panel_size<P, T>(p.k));
   return a.used;
 }
 
@@ -204,23 +281,24 @@ void store_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t o0, co
 }
 
 // Pixels [begin, end) of y, panels [panel_begin, panel_end) of its channels.
-template <class S, class T = typename Arithmetic<S>::type>
+template <class S, class P, class T = typename Arithmetic<S>::type>
 void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end,
                        Moments moments, char* scratch) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr;
   Arena arena{scratch};
-  T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
+  P* z = arena.take<P>(round_up(p.k, NR) * p.mc);
   T* tile = arena.take<T>(p.mc * NR);
-  T* own = p.packed ? nullptr : arena.take<T>(p.k * NR);
+  P* own = p.packed ? nullptr : arena.take<P>(panel_size<P, T>(p.k));
+  const P* packed = static_cast<const P*>(p.packed);
   const S* x = static_cast<const S*>(p.x);
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
     const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
     pack_pixels<V, S>(p, m0, rows, 0, (p.k + NR - 1) / NR, z);
     for (int64_t j = panel_begin; j < panel_end; j++) {
       if (next < end) fetch_part(x + next * p.k, next_rows * p.k, j - panel_begin, panel_end - panel_begin);
-      if (own) pack_columns<T>(p.weight, p.o, p.k, j, j + 1, own);
-      multiply_block<V>(z, p.mc, rows, p.k, own ? own : p.packed + j * p.k * NR, tile);
+      if (own) pack_columns<P>(p.weight, p.o, p.k, j, j + 1, own);
+      multiply_block<V>(z, p.mc, rows, p.k, own ? own : packed + j * panel_size<P, T>(p.k), tile);
       store_panel<V, S>(p, m0, rows, j * NR, tile, moments);
     }
   }
@@ -229,19 +307,19 @@ void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_
 
 // ---------------------------------------------------------------- backward
 
-template <class T> size_t pointwise_backward_scratch(const Pointwise<T>& p) {
+template <class P, class T> size_t pointwise_backward_scratch(const Pointwise<T>& p) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr;
   Arena a{nullptr};
-  a.take<T>(round_up(p.o, NR) * p.mc);
-  a.take<T>(round_up(p.k, NR) * p.mc);
+  a.take<P>(round_up(p.o, NR) * p.mc);
+  a.take<P>(round_up(p.k, NR) * p.mc);
   a.take<T>(p.mc * NR);
-  if (!p.packed) a.take<T>(p.o * NR);
+  if (!p.packed) a.take<P>(panel_size<P, T>(p.o));
   return a.used;
 }
 
-template <class V, class S, class T>
-MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows, T* panels) {
+template <class V, class S, class P, class T>
+MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows, P* panels) {
   constexpr int NR = Shape<V>::nr;
   const S* g = static_cast<const S*>(p.incoming.g) + m0 * p.o;
   const S* y = p.incoming.y ? static_cast<const S*>(p.incoming.y) + m0 * p.o : nullptr;
@@ -254,11 +332,15 @@ MNOPS_INLINE void pack_incoming(const Pointwise<T>& p, int64_t m0, int64_t rows,
 }
 
 // gw is [ceil(k / nr)][round_up(o, nr)][nr], added to after the first block. A few panels of gy stay in L1/L2 while all panels of z pass.
-template <class V, class T>
-void weight_gradient(const Pointwise<T>& p, int64_t rows, const T* gy, const T* z, int64_t panel_begin, int64_t panel_end, bool first,
-                     T* gw) {
+template <class V, class P, class T>
+void weight_gradient(const Pointwise<T>& p, int64_t rows, P* gy, P* z, int64_t panel_begin, int64_t panel_end, bool first, T* gw) {
   constexpr int NR = Shape<V>::nr;
-  const int64_t op = round_up(p.o, NR), panels = op / NR, held = most(1, 32 * 1024 / int64_t(sizeof(T)) / (rows * NR));
+  const int64_t op = round_up(p.o, NR), panels = op / NR, held = most(1, 32 * 1024 / int64_t(sizeof(P)) / (rows * NR));
+  if constexpr (kr<P> > 1) {  // zeros fill up the last of the steps
+    const int64_t at = rows * NR, bytes = (round_up(rows, kr<P>) - rows) * NR * sizeof(P);
+    for (int64_t i = 0; i < panels; i++) __builtin_memset(gy + i * p.mc * NR + at, 0, bytes);
+    for (int64_t j = 0; j < panel_end - panel_begin; j++) __builtin_memset(z + j * p.mc * NR + at, 0, bytes);
+  }
   for (int64_t i0 = 0; i0 < panels; i0 += held)
     for (int64_t j = panel_begin; j < panel_end; j++)
       for (int64_t i = i0; i < least(panels, i0 + held); i++)
@@ -285,16 +367,17 @@ void finish_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t k0, c
 }
 
 // Pixels [begin, end), panels [panel_begin, panel_end) of x's channels.
-template <class S, class T = typename Arithmetic<S>::type>
+template <class S, class P, class T = typename Arithmetic<S>::type>
 void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, T* gw,
                         NormSums sums, char* scratch) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr;
   Arena arena{scratch};
-  T* gy = arena.take<T>(round_up(p.o, NR) * p.mc);
-  T* z = arena.take<T>(round_up(p.k, NR) * p.mc);
+  P* gy = arena.take<P>(round_up(p.o, NR) * p.mc);
+  P* z = arena.take<P>(round_up(p.k, NR) * p.mc);
   T* tile = arena.take<T>(p.mc * NR);
-  T* own = p.packed ? nullptr : arena.take<T>(p.o * NR);
+  P* own = p.packed ? nullptr : arena.take<P>(panel_size<P, T>(p.o));
+  const P* packed = static_cast<const P*>(p.packed);
   const S* g = static_cast<const S*>(p.incoming.g);
   const S* y = static_cast<const S*>(p.incoming.y);
   const int64_t panels = panel_end - panel_begin;
@@ -308,8 +391,8 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
           fetch_part(g + next * p.o, next_rows * p.o, j - panel_begin, panels);
           if (y) fetch_part(y + next * p.o, next_rows * p.o, j - panel_begin, panels);
         }
-        if (own) pack_rows<T>(p.weight, p.o, p.k, j, j + 1, own);
-        multiply_block<V>(gy, p.mc, rows, p.o, own ? own : p.packed + j * p.o * NR, tile);
+        if (own) pack_rows<P>(p.weight, p.o, p.k, j, j + 1, own);
+        multiply_block<V>(gy, p.mc, rows, p.o, own ? own : packed + j * panel_size<P, T>(p.o), tile);
         with_act(p.norm.act, [&](auto act) { finish_panel<act.value, V, S>(p, m0, rows, j * NR, tile, sums); });
       }
     if (p.need_weight) weight_gradient<V>(p, rows, gy, z, panel_begin, panel_end, m0 == begin, gw);

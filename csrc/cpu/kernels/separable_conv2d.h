@@ -21,14 +21,14 @@ MNOPS_INLINE void convolve_run(const T* const* row, int64_t x, int64_t end, int6
 }
 
 // Outputs [begin, end) of one row, all channels: pixel x is row r0 + x of the panels z.
-template <Act act, class V, int K, int S, class T>
-void convolve_to_panels(const Separable<T>& p, const T* const* row, int64_t begin, int64_t end, int64_t ps, T* z, int64_t rows,
+template <Act act, class V, int K, int S, class P, class T>
+void convolve_to_panels(const Separable<T>& p, const T* const* row, int64_t begin, int64_t end, int64_t ps, P* z, int64_t rows,
                         int64_t r0) {
   constexpr int NR = Shape<V>::nr;
   const Depthwise<T>& d = p.depthwise;
   const int64_t cp = round_up(d.c, channel_quantum);
   for (int64_t c = 0; c < d.c; c += V::N) {
-    T* const to = z + (c / NR * rows + r0) * NR + c % NR;
+    P* const to = z + (c / NR * rows + r0) * NR + c % NR;
     const V mean = V::load(p.mid.mean + c), scale = V::load(p.mid.scale + c), shift = V::load(p.mid.shift + c);
     auto put = [&](V v, int64_t x) { activate<act>(fma(v - mean, scale, shift)).store(to + x * NR); };
     if constexpr (K > 0) {
@@ -49,14 +49,14 @@ void convolve_to_panels(const Separable<T>& p, const T* const* row, int64_t begi
   }
 }
 
-template <class T> struct SeparableScratch {
+template <class P, class T> struct SeparableScratch {
   Ring<T> lines;
-  T* z;                // panels of one block; not where all threads share them
+  P* z;                // panels of one block; not where all threads share them
   static SeparableScratch make(Arena& a, const Separable<T>& p) {
     const Depthwise<T>& d = p.depthwise;
     const int64_t columns = most(d.w + d.pad_left, (d.wo - 1) * d.sw + (d.kw - 1) * d.dw + 1);
     const Ring<T> lines = Ring<T>::make(a, (d.kh - 1) * d.dh + 1, columns * line_stride(d.c), d.n * d.h);
-    return {lines, p.pointwise.packed ? a.take<T>(round_up(d.c, Shape<typename Vec<T>::type>::nr) * p.pointwise.mc) : nullptr};
+    return {lines, p.pointwise.packed ? a.take<P>(round_up(d.c, Shape<typename Vec<T>::type>::nr) * p.pointwise.mc) : nullptr};
   }
 };
 
@@ -73,15 +73,15 @@ template <class T> void start(const Separable<T>& p, const Ring<T>& lines) {
   lines.forget();
 }
 
-template <class S, class T = typename Arithmetic<S>::type> size_t separable_scratch(const Separable<T>& p) {
+template <class P, class T> size_t separable_scratch(const Separable<T>& p) {
   Arena a{nullptr};
-  SeparableScratch<T>::make(a, p);
+  SeparableScratch<P, T>::make(a, p);
   return a.used;
 }
 
 // Pixels [begin, end) of the stream -> rows [to, to + end - begin) of the panels z, which have `rows` rows.
-template <class S, class T>
-void depthwise_to_panels(const Separable<T>& p, const Ring<T>& lines, int64_t begin, int64_t end, T* z, int64_t rows, int64_t to) {
+template <class S, class P, class T>
+void depthwise_to_panels(const Separable<T>& p, const Ring<T>& lines, int64_t begin, int64_t end, P* z, int64_t rows, int64_t to) {
   using V = typename Vec<T>::type;
   const Depthwise<T>& d = p.depthwise;
   const int64_t ps = line_stride(d.c);
@@ -115,8 +115,8 @@ void depthwise_to_panels(const Separable<T>& p, const Ring<T>& lines, int64_t be
 
 // One tile of y, stored from registers: `count` pixels and `lanes` channels of it. Not inlined: g++ then has all the
 // registers for the product.
-template <class V, class S, Lanes how, class T>
-__attribute__((noinline)) void multiply_tile(const T* z, int64_t panel_stride, int64_t k, const T* packed, S* y, int64_t stride,
+template <class V, class S, Lanes how, class P>
+__attribute__((noinline)) void multiply_tile(const P* z, int64_t panel_stride, int64_t k, const P* packed, S* y, int64_t stride,
                                              int64_t count, int64_t lanes) {
   constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
   micro_kernel<V, MR, NR, 1>(z, panel_stride, k, NR, packed, [&](int r, int v, V c) {
@@ -126,8 +126,8 @@ __attribute__((noinline)) void multiply_tile(const T* z, int64_t panel_stride, i
 
 // One panel of y: rows [0, count) of the panels z, which have `rows` rows, are pixels m0 and on. `ahead` is fetched
 // meanwhile.
-template <class S, class T, class A>
-void multiply_to_output(const Pointwise<T>& p, const T* z, int64_t rows, int64_t m0, int64_t count, int64_t panel, const T* packed,
+template <class S, class P, class T, class A>
+void multiply_to_output(const Pointwise<T>& p, const P* z, int64_t rows, int64_t m0, int64_t count, int64_t panel, const P* packed,
                         const A* ahead, int64_t ahead_size) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
@@ -148,45 +148,47 @@ template <class T> MNOPS_INLINE int64_t rows_read(const Depthwise<T>& d, int64_t
 }
 
 // Pixels [begin, end), all channels of y, from weights packed beforehand.
-template <class S, class T = typename Arithmetic<S>::type>
+template <class S, class P, class T = typename Arithmetic<S>::type>
 void separable_forward(const Separable<T>& p, int64_t begin, int64_t end, char* scratch) {
   Arena arena{scratch};
-  const SeparableScratch<T> s = SeparableScratch<T>::make(arena, p);
+  const auto s = SeparableScratch<P, T>::make(arena, p);
   const Pointwise<T>& q = p.pointwise;
   constexpr int NR = Shape<typename Vec<T>::type>::nr;
   const int64_t panels = (q.o + NR - 1) / NR, row = p.depthwise.w * q.k;
   start(p, s.lines);
   for (int64_t m0 = begin; m0 < end; m0 += q.mc) {
     const int64_t count = least(q.mc, end - m0), next = m0 + count;
-    depthwise_to_panels<S, T>(p, s.lines, m0, next, s.z, q.mc, 0);
+    depthwise_to_panels<S>(p, s.lines, m0, next, s.z, q.mc, 0);
     const int64_t read = rows_read(p.depthwise, next), ahead = (rows_read(p.depthwise, least(end, next + q.mc)) - read) * row;
     const S* const x = static_cast<const S*>(p.depthwise.x) + read * row;
     for (int64_t j = 0; j < panels; j++) {
       const int64_t first = ahead * j / panels;
-      multiply_to_output<S, T>(q, s.z, q.mc, m0, count, j, q.packed + j * q.k * NR, x + first, ahead * (j + 1) / panels - first);
+      multiply_to_output<S>(q, s.z, q.mc, m0, count, j, static_cast<const P*>(q.packed) + j * panel_size<P, T>(q.k), x + first,
+                            ahead * (j + 1) / panels - first);
     }
   }
   finish_streams();
 }
 
 // The same in two steps, for few pixels and large weights: pixels [begin, end) into panels that all threads share,
-template <class S, class T = typename Arithmetic<S>::type>
-void separable_depthwise(const Separable<T>& p, int64_t begin, int64_t end, T* z, char* scratch) {
+template <class S, class P, class T = typename Arithmetic<S>::type>
+void separable_depthwise(const Separable<T>& p, int64_t begin, int64_t end, void* z, char* scratch) {
   Arena arena{scratch};
-  const SeparableScratch<T> s = SeparableScratch<T>::make(arena, p);
+  const auto s = SeparableScratch<P, T>::make(arena, p);
   start(p, s.lines);
-  depthwise_to_panels<S, T>(p, s.lines, begin, end, z, p.pointwise.mc, begin);
+  depthwise_to_panels<S>(p, s.lines, begin, end, static_cast<P*>(z), p.pointwise.mc, begin);
 }
 
 // then panels [first, last) of y for all pixels; each panel of weights is packed just before it is used, by who uses it.
-template <class S, class T = typename Arithmetic<S>::type>
-void separable_pointwise(const Separable<T>& p, const T* z, int64_t first, int64_t last, T* packed) {
+template <class S, class P, class T = typename Arithmetic<S>::type>
+void separable_pointwise(const Separable<T>& p, const void* z, int64_t first, int64_t last, void* packed) {
   constexpr int NR = Shape<typename Vec<T>::type>::nr;
   const Pointwise<T>& q = p.pointwise;
   for (int64_t j = first; j < last; j++) {
-    pack_columns<T>(q.weight, q.o, q.k, j, j + 1, packed);
+    pack_columns<P>(q.weight, q.o, q.k, j, j + 1, packed);
     const T* const next = q.weight + (j + 1) * NR * q.k;
-    multiply_to_output<S, T>(q, z, q.mc, 0, q.m, j, packed, next, j + 1 < last ? least(NR, q.o - (j + 1) * NR) * q.k : 0);
+    multiply_to_output<S>(q, static_cast<const P*>(z), q.mc, 0, q.m, j, static_cast<const P*>(packed), next,
+                          j + 1 < last ? least(NR, q.o - (j + 1) * NR) * q.k : 0);
   }
   finish_streams();
 }

@@ -77,7 +77,7 @@ void stem_forward(const Pointwise<T>& p, const Window& w, int64_t begin, int64_t
   for (int64_t row = begin; row < end; row++) {
     fill_lines<V, S>(p, w, row, s);
     for (int64_t j = 0; j * NR < p.o; j++) {
-      const T* const packed = p.packed + j * p.k * NR;
+      const T* const packed = static_cast<const T*>(p.packed) + j * p.k * NR;
       if (step == 6) multiply(IntTag<6>{}, packed);  // three colours at stride 2
       else multiply(IntTag<0>{}, packed);
       store_panel<V, S>(p, row * w.wo, w.wo, j * NR, s.tile, moments);
@@ -117,7 +117,7 @@ void stem_weight_gradient(const Pointwise<T>& p, const Window& w, const StemScra
 template <class V, class T> void scatter_row(const Pointwise<T>& p, const Window& w, int64_t oy, const StemScratch<T>& s) {
   constexpr int NR = Shape<V>::nr;
   for (int64_t j = 0; j * NR < p.k; j++) {
-    multiply_block<V>(s.gy, p.mc, w.wo, p.o, p.packed + j * p.o * NR, s.tile);
+    multiply_block<V>(s.gy, p.mc, w.wo, p.o, static_cast<const T*>(p.packed) + j * p.o * NR, s.tile);
     for (int64_t x = 0; x < w.wo; x++)
       for (int64_t i = 0; i < least(NR, p.k - j * NR); i++) {
         const int64_t k = j * NR + i, c = k % w.c, kx = k / w.c % w.kw, ky = k / w.c / w.kw;

@@ -7,6 +7,13 @@
 
 namespace mnops {
 
+// How the (o, k) matrix of a product is packed, by panels over o (columns) or over k (rows).
+template <class T> struct Packing {
+  size_t (*panel_bytes)(int64_t steps);
+  void (*columns)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, void* dst);
+  void (*rows)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, void* dst);
+};
+
 template <class T> struct Kernels {
   int lanes, mr, nr;       // vector width; the matrix product's micro-tile, rows x columns
 
@@ -15,8 +22,7 @@ template <class T> struct Kernels {
   size_t (*depthwise_backward_scratch)(const Depthwise<T>&);
   void (*depthwise_backward)(const Depthwise<T>&, int64_t begin, int64_t end, double* dweight, NormSums, char* scratch);
 
-  void (*pack_columns)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst);
-  void (*pack_rows)(const T* w, int64_t o, int64_t k, int64_t panel_begin, int64_t panel_end, T* dst);
+  Packing<T> pointwise_packing, stem_packing;
   size_t (*pointwise_forward_scratch)(const Pointwise<T>&);
   size_t (*pointwise_backward_scratch)(const Pointwise<T>&);
   void (*pointwise_forward)(const Pointwise<T>&, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, Moments,
@@ -30,8 +36,8 @@ template <class T> struct Kernels {
 
   size_t (*separable_scratch)(const Separable<T>&);
   void (*separable_forward)(const Separable<T>&, int64_t begin, int64_t end, char* scratch);
-  void (*separable_depthwise)(const Separable<T>&, int64_t begin, int64_t end, T* z, char* scratch);
-  void (*separable_pointwise)(const Separable<T>&, const T* z, int64_t first, int64_t last, T* packed);
+  void (*separable_depthwise)(const Separable<T>&, int64_t begin, int64_t end, void* z, char* scratch);
+  void (*separable_pointwise)(const Separable<T>&, const void* z, int64_t first, int64_t last, void* packed);
 
   void (*norm_act_forward)(const Rows<T>&, int64_t begin, int64_t end);
   void (*norm_act_backward)(const Rows<T>&, int64_t begin, int64_t end, NormSums);

@@ -1,5 +1,5 @@
 // NEON as every AArch64 CPU has it (armv8-a): 32 registers of 4 floats or 2 doubles. fp16 is converted by the base
-// instructions, bf16 by shifts, or by bfcvtn where the file that includes this one is compiled for it.
+// instructions, bf16 by shifts; where the file that includes this one is compiled for it, by bfcvtn, and bf16 is multiplied.
 #pragma once
 #include <arm_neon.h>
 #include <math.h>
@@ -79,6 +79,31 @@ struct F32x4 {
     vst1q_f32(dst + 2 * dst_stride, vreinterpretq_f32_f64(vtrn2q_f64(ab0, cd0)));
     vst1q_f32(dst + 3 * dst_stride, vreinterpretq_f32_f64(vtrn2q_f64(ab1, cd1)));
   }
+
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+  // Two rows of four bf16, a factor of bfmmla: c (2 x 2) + a (2 x 4) b^T (4 x 2), in fp32.
+  struct Factor {
+    bfloat16x8_t v;
+    static Factor load(const bf16* p) { return {vld1q_bf16(reinterpret_cast<const bfloat16_t*>(p))}; }
+    static void load_rows(const bf16* p, Factor& left, Factor& right) {  // halves of two rows of eight
+      const float64x2_t a = vreinterpretq_f64_bf16(load(p).v), b = vreinterpretq_f64_bf16(load(p + 8).v);
+      left.v = vreinterpretq_bf16_f64(vzip1q_f64(a, b)), right.v = vreinterpretq_bf16_f64(vzip2q_f64(a, b));
+    }
+    static void load_transposed(const bf16* p, Factor* four) {  // columns of four rows of eight
+      const uint16x8_t a = vld1q_u16(&p->bits), b = vld1q_u16(&p->bits + 8);
+      const uint16x8_t c = vld1q_u16(&p->bits + 16), d = vld1q_u16(&p->bits + 24);
+      const uint16x8_t ac0 = vzip1q_u16(a, c), ac1 = vzip2q_u16(a, c), bd0 = vzip1q_u16(b, d), bd1 = vzip2q_u16(b, d);
+      four[0].v = vreinterpretq_bf16_u16(vzip1q_u16(ac0, bd0)), four[1].v = vreinterpretq_bf16_u16(vzip2q_u16(ac0, bd0));
+      four[2].v = vreinterpretq_bf16_u16(vzip1q_u16(ac1, bd1)), four[3].v = vreinterpretq_bf16_u16(vzip2q_u16(ac1, bd1));
+    }
+    friend F32x4 fma(Factor a, Factor b, F32x4 c) { return {vbfmmlaq_f32(c.v, a.v, b.v)}; }
+  };
+  // Two such 2 x 2 products side by side, as two rows.
+  static void to_rows(F32x4 left, F32x4 right, F32x4* two) {
+    const float64x2_t l = vreinterpretq_f64_f32(left.v), r = vreinterpretq_f64_f32(right.v);
+    two[0].v = vreinterpretq_f32_f64(vzip1q_f64(l, r)), two[1].v = vreinterpretq_f32_f64(vzip2q_f64(l, r));
+  }
+#endif
 
  private:
   uint16x4_t to_bf16() const {  // round to nearest even; NaN stays NaN
