@@ -6,6 +6,7 @@ through it does what LazyTensor (mnops/lazy.py) does in eager mode: a BatchNorm 
 op measured, it and the activation after it are left to the next op, and what others read is made real.
 """
 
+import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterable
@@ -51,9 +52,10 @@ chain_this_graph._dynamo_marked_constant = True  # the compiler calls it, and do
 
 def leave_to_python(function: Callable) -> None:
     """Called by what the compiler leaves to Python, as torch's own modules outside of a graph, it is left too."""
-    frames = torch._C._dynamo.eval_frame
-    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-    frames.set_code_exec_strategy(function.__code__, skip)
+    with contextlib.suppress(AttributeError):  # of another torch: it is compiled then, call by call, and right too
+        frames = torch._C._dynamo.eval_frame
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(function.__code__, skip)
 
 
 leave_to_python(lazy.LazyTensor.__torch_function__.__func__)
@@ -212,7 +214,7 @@ class _Chain:
     def sum(self, node, x, other):
         """The pending norm of x and the sum in one pass."""
         value = self.open(x)
-        if value is None or value.nchw or value.pending.mean is None or x is other or not _alike(x, other):
+        if value is None or value.nchw or value.pending.mean is None or not _alike(x, other):
             return None
         return self.norm_act(value.pending, self.real_of(other))
 

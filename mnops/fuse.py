@@ -18,7 +18,7 @@ from mnops import backends, compiled, lazy, ops, sync
 from mnops.lazy import LazyTensor, real
 from mnops.nn import BATCH_NORMS, served_by, statistics
 from mnops.ops import Pending
-from mnops.ops._contract import DTYPES, pending_args
+from mnops.ops._contract import DTYPES, norm_args
 
 __all__ = ["FusionReport", "fuse", "fusion_report", "unfuse"]
 
@@ -52,8 +52,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         if self.running_var is not None:
             lazy.settle(self.running_var)
         mean, var = statistics(self, *raw, measured=True)
-        pending = pending_args(Pending(raw.y, mean, var, self.weight, self.bias, self.eps), cast=False)
-        return LazyTensor(Pending(*pending), x.nchw, x.source)
+        norm = norm_args(raw.y, mean, var, self.weight, self.bias, self.eps, "none")
+        return LazyTensor(Pending(raw.y, *norm), x.nchw, x.source)
 
 
 FUSED = {nn.Conv2d: Conv2d, nn.SyncBatchNorm: SyncBatchNorm}

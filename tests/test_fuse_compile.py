@@ -10,7 +10,7 @@ import torchvision_support
 from fused_models import NETWORKS, SURPRISES
 from test_fuse import Concatenated, PartlyWithoutGrad, X, assert_same, everything, fused_convs, pair, run
 from test_fuse_models import prepared
-from test_lazy import Layers, keywords
+from test_lazy import Layers, keywords, seen_before_it_changed
 from torch import nn
 
 import mnops
@@ -96,7 +96,9 @@ def test_checkpoint():
     assert_compiles(stock, fused, modes=(True,), expected=compiled(stock))
 
 
-@pytest.mark.parametrize("make", [PartlyWithoutGrad, Concatenated, lambda: Layers(keywords)])
+@pytest.mark.parametrize(
+    "make", [PartlyWithoutGrad, Concatenated, lambda: Layers(keywords), lambda: Layers(seen_before_it_changed)]
+)
 def test_hard_parts(make):
     assert_compiles(*pair(make), modes=(True,))
 
