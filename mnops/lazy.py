@@ -297,12 +297,14 @@ def settle(running_var: Tensor | None = None) -> None:
 
 def _held() -> list[LazyTensor]:
     """What waits for vectors of a norm and is alive; the rest is forgotten."""
-    held = [z for z in (ref() for ref in _here.waiting) if z is not None]
-    for z in held:
-        z._fix_weakref()
-    held = [z for z in held if z._data is None and not _is_stale(z)]
-    _here.waiting = [weakref.ref(z) for z in held]
-    return held
+    held = []
+    for ref in _here.waiting:
+        if (z := ref()) is not None:
+            z._fix_weakref()
+            if z._data is None and not _is_stale(z):
+                held.append((ref, z))
+    _here.waiting = [ref for ref, _ in held]
+    return [z for _, z in held]
 
 
 def _version(z: LazyTensor) -> int:

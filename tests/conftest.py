@@ -29,7 +29,7 @@ with contextlib.suppress(ImportError):  # where it is not installed, what needs 
 
 
 # Each file is one process's: the longest begin first, so that none is left to the end.
-LONGEST = [f"test_{name}.py" for name in ("compile", "cuda", "export", "fuse_compile", "train_run", "triton")]
+LONGEST = [f"test_{name}.py" for name in ("compile", "cuda", "export", "fuse_compile", "readme", "train_run", "triton")]
 
 
 def pytest_collection_modifyitems(items):
