@@ -58,6 +58,7 @@ template <class T> struct Depthwise {
   Incoming<T> incoming;    // backward only
   bool measure, need_weight;
   bool stream;             // store past the caches
+  bool fetch;              // what is read comes from beyond the caches
 };
 
 // A matrix product over rows (pixels): y[m, o] = sum_k z[m, k] W[o, k]. Weights are packed in column panels

@@ -49,6 +49,9 @@ struct Threads {
 // 10.0 ms to 7.0 ms. Below 8 MiB nothing was gained.)
 inline bool worth_streaming(int64_t bytes) { return bytes >= int64_t(8) << 20; }
 
+// Whether an input is so large that it comes from beyond the second-level cache: then its next rows are fetched early.
+inline bool worth_fetching(int64_t bytes) { return bytes >= int64_t(1) << 20; }
+
 // Cache-line aligned memory, not initialised.
 struct Aligned {
   void operator()(void* p) const { std::free(p); }

@@ -43,6 +43,7 @@ void depthwise_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
   const Buffer<T> packed = pack_depthwise_weight(weight, s.c, int64_t(s.kh) * s.kw);
   p.x = x, p.out = y, p.weight = packed.get(), p.norm = norm.norm, p.measure = mean != nullptr;
   p.stream = worth_streaming(s.n * s.ho * s.wo * s.c * int64_t(sizeof(T)));
+  p.fetch = worth_fetching(s.n * s.h * s.w * s.c * int64_t(sizeof(T)));
   const ThreadMoments moments(count, s.c);
   const int64_t items = p.n * p.bands * ceil_div(p.c, p.block);
   const size_t bytes = kernels.depthwise_forward_scratch(p);
@@ -65,6 +66,7 @@ void depthwise_conv2d_backward(const Kernels<T>& kernels, const Threads& threads
   p.x = x, p.out = dx, p.weight = packed.get(), p.norm = norm.norm, p.incoming = incoming.incoming;
   p.need_weight = dweight != nullptr;
   p.stream = worth_streaming(s.n * s.h * s.w * s.c * int64_t(sizeof(T)));
+  p.fetch = worth_fetching(s.n * s.h * s.w * s.c * int64_t(sizeof(T)));
   const ThreadNormSums sums(count, s.c);
   const PerThread gw(count, taps, s.c);
   const int64_t items = p.n * p.bands * ceil_div(p.c, p.block);

@@ -57,7 +57,6 @@ template <class F> MNOPS_INLINE void with_act(Act act, F f) {
   }
 }
 
-MNOPS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 MNOPS_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // A whole vector where there is one, the first `left` lanes at the end of the channels.

@@ -87,34 +87,53 @@ MNOPS_INLINE void convolve_tile(const T* const* row, int64_t at, int64_t ps, con
   for (int t = 0; t < TX; t++) put(acc[t], t);
 }
 
-// Rows that the next step is the first to touch, fetched while this one computes; each may be null.
+// Rows that the next step is the first to touch, fetched from memory while this one computes: a few lines every four tiles,
+// in the order of their addresses, which lets the hardware run ahead too.
 template <class S> struct Ahead {
-  const S *read[3], *write;
-  int64_t pixels[3], write_pixels;
-  // Pixels [begin, end) of `of` along the row, one cache line of channels.
-  MNOPS_INLINE void fetch(int64_t begin, int64_t end, int64_t of, int64_t stride, int64_t c) const {
-    for (int i = 0; i < 3; i++)
-      if (read[i])
-        for (int64_t j = begin * pixels[i] / of; j < end * pixels[i] / of; j++) prefetch(read[i] + j * stride + c);
-    if (write)
-      for (int64_t j = begin * write_pixels / of; j < end * write_pixels / of; j++) prefetch_to_write(write + j * stride + c);
+  static constexpr int64_t line = 64 / int64_t(sizeof(S));
+  struct Row {
+    const S* at;
+    int64_t stride, runs, lines;  // runs of `lines` lines, `stride` apart
+  } rows[3] = {};
+  int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0, at = 0;
+
+  void add(const S* first, int64_t pixels, int64_t channels, int64_t stride) {
+    const bool whole = channels == stride;
+    const Row r{first, stride, whole ? 1 : pixels, ((whole ? pixels : 1) * channels + line - 1) / line};
+    rows[count++] = r, total += r.runs * r.lines;
+  }
+  void start(int64_t steps) { per_step = (total + steps - 1) / most(1, steps); }
+  MNOPS_INLINE void step() {
+    for (int64_t left = per_step; left > 0 && row < count;) {
+      const Row& r = rows[row];
+      const S* const from = r.at + run * r.stride + at * line;
+      const int64_t n = least(left, r.lines - at);
+      for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + i * line, 0, 2);
+      left -= n, at += n;
+      if (at < r.lines) continue;
+      at = 0;
+      if (++run == r.runs) run = 0, row++;
+    }
   }
 };
 
 template <class V, class S, int K, int SW, class T>
-void convolve_row(const Depthwise<T>& p, const Item& it, const T* const* row, int64_t ps, T* out, const Ahead<S>& ahead) {
+void convolve_row(const Depthwise<T>& p, const Item& it, const T* const* row, int64_t ps, T* out, Ahead<S>& ahead) {
   constexpr int TX = Tile::tx;
   const int64_t cp = round_up(p.c, channel_quantum);
+  constexpr int64_t stretch = 4 * TX;  // of pixels between two fetches
+  ahead.start((it.channels + V::N - 1) / V::N * ((p.wo + stretch - 1) / stretch));
   for (int64_t c = 0; c < it.channels; c += V::N) {
     V w[K * K];
     for (int k = 0; k < K * K; k++) w[k] = V::load(p.weight + k * cp + it.c0 + c);
     const T* r[K];
     for (int k = 0; k < K; k++) r[k] = row[k] + c;
-    const bool new_line = c * int64_t(sizeof(S)) % 64 == 0;
-    if (new_line) ahead.fetch(0, 1, 1, p.c, c);
     int64_t x = 0;
     auto put = [&](V v, int t) { v.store(out + (x + t) * ps + c); };
-    for (; x + TX <= p.wo; x += TX) convolve_tile<V, K, SW, TX>(r, x * SW * ps, ps, w, put);
+    for (int64_t end = stretch; x < p.wo / TX * TX; end += stretch) {
+      ahead.step();
+      for (; x < least(end, p.wo / TX * TX); x += TX) convolve_tile<V, K, SW, TX>(r, x * SW * ps, ps, w, put);
+    }
     for (; x < p.wo; x++) convolve_tile<V, K, SW, 1>(r, x * SW * ps, ps, w, put);
   }
 }
@@ -209,13 +228,9 @@ void depthwise_forward(const Depthwise<T>& p, int64_t begin, int64_t end, Moment
       const int64_t top = oy * p.sh - p.pad_top;
       for (int ky = 0; ky < p.kh; ky++) row[ky] = s.z.row(top + ky * p.dh, fill);
       Ahead<S> ahead{};  // the input rows that the next output row is the first to need
-      for (int j = 0; j < 2; j++) {
-        const int64_t r = top + p.kh + j;
-        ahead.pixels[j] = p.w;
-        if (j < p.sh && r >= 0 && r < p.h) ahead.read[j] = xs + ((it.n * p.h + r) * p.w) * p.c + it.c0;
-      }
+      for (int64_t r = top + p.kh; p.fetch && r < least(p.h, top + p.kh + p.sh); r++)
+        if (r >= 0 && ahead.count < 3) ahead.add(xs + ((it.n * p.h + r) * p.w) * p.c + it.c0, p.w, it.channels, p.c);
       S* y = ys + ((it.n * p.ho + oy) * p.wo) * p.c + it.c0;
-      if (!p.stream) ahead.write = y, ahead.write_pixels = p.wo;
       if (dense && p.kh == 3 && p.sh == 1) convolve_row<V, S, 3, 1>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 3 && p.sh == 2) convolve_row<V, S, 3, 2>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 5 && p.sh == 1) convolve_row<V, S, 5, 1>(p, it, row, ps, s.out, ahead);
@@ -309,21 +324,26 @@ MNOPS_INLINE void weight_grad_tile(const T* const* row, int64_t m, int64_t ps, c
 
 template <class V, class E, int K, int S, int FY, class T>
 void gradient_row(const Depthwise<T>& p, const Item& it, const BackwardScratch<T>& s, const T* const* row, int64_t ps,
-                  const Ahead<E>& ahead) {
+                  Ahead<E>& ahead) {
   constexpr int NY = taps_of(K, S, FY), TX = S == 1 ? Tile::tx : (Tile::tx + 1) / 2;
   constexpr int group = K == 3 ? NY : 1;  // lines whose taps fit in registers together
   const int64_t cp = round_up(p.c, channel_quantum);
   const int64_t first = p.pad_left / S, last = (p.w + p.pad_left + S - 1) / S;
+  constexpr int64_t stretch = 4 * TX;
+  const int64_t tiled = first + (last - first) / TX * TX;
+  ahead.start((it.channels + V::N - 1) / V::N * ((last - first + stretch - 1) / stretch));
   for (int64_t c = 0; c < it.channels; c += V::N) {
     const T* r[NY];
     for (int i = 0; i < NY; i++) r[i] = row[i] + c;
-    if (c * int64_t(sizeof(E)) % 64 == 0) ahead.fetch(0, 1, 1, p.c, c);
     if (p.out) {
       V w[NY * K];
       for (int i = 0; i < NY; i++)
         for (int kx = 0; kx < K; kx++) w[i * K + kx] = V::load(p.weight + ((FY + S * i) * K + kx) * cp + it.c0 + c);
       int64_t m = first;
-      for (; m + TX <= last; m += TX) input_grad_tile<V, K, S, FY, TX>(r, m, ps, w, s.gz + c);
+      for (int64_t end = first + stretch; m < tiled; end += stretch) {
+        ahead.step();
+        for (; m < least(end, tiled); m += TX) input_grad_tile<V, K, S, FY, TX>(r, m, ps, w, s.gz + c);
+      }
       for (; m < last; m++) input_grad_tile<V, K, S, FY, 1>(r, m, ps, w, s.gz + c);
     }
     if (p.need_weight)
@@ -440,13 +460,11 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
         if (line[ky]) met[count++] = line[ky];
       Ahead<S> ahead{};
       S* dx = dxs ? dxs + ((it.n * p.h + iy) * p.w) * p.c + it.c0 : nullptr;
-      ahead.pixels[0] = ahead.write_pixels = p.w, ahead.pixels[1] = ahead.pixels[2] = p.wo;
-      if (!p.stream) ahead.write = dx;
-      if (iy + 1 < it.row1) ahead.read[0] = x + p.w * p.c;
-      if ((q + 1) % p.sh == 0 && (q + 1) / p.sh < p.ho) {
+      if (p.fetch && iy + 1 < it.row1) ahead.add(x + p.w * p.c, p.w, it.channels, p.c);
+      if (p.fetch && (q + 1) % p.sh == 0 && (q + 1) / p.sh < p.ho) {
         const int64_t at = ((it.n * p.ho + (q + 1) / p.sh) * p.wo) * p.c + it.c0;
-        ahead.read[1] = gs + at;
-        if (ys) ahead.read[2] = ys + at;
+        ahead.add(gs + at, p.wo, it.channels, p.c);
+        if (ys) ahead.add(ys + at, p.wo, it.channels, p.c);
       }
       if (dense && p.kh == 3 && p.sh == 1) gradient_row<V, S, 3, 1, 0>(p, it, s, met, ps, ahead);
       else if (dense && p.kh == 3 && p.sh == 2 && q % 2 == 0) gradient_row<V, S, 3, 2, 0>(p, it, s, met, ps, ahead);
