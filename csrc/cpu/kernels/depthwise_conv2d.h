@@ -87,14 +87,14 @@ MNOPS_INLINE void convolve_tile(const T* const* row, int64_t at, int64_t ps, con
   for (int t = 0; t < TX; t++) put(acc[t], t);
 }
 
-// Rows that the next step is the first to touch, fetched from memory while this one computes: a few lines every four tiles,
+// Rows that are soon touched for the first time, fetched from memory while this one is computed: a few lines every four tiles,
 // in the order of their addresses, which lets the hardware run ahead too.
 template <class S> struct Ahead {
   static constexpr int64_t line = 64 / int64_t(sizeof(S));
   struct Row {
     const S* at;
     int64_t stride, runs, lines;  // runs of `lines` lines, `stride` apart
-  } rows[3] = {};
+  } rows[4] = {};
   int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0, at = 0;
 
   void add(const S* first, int64_t pixels, int64_t channels, int64_t stride) {
@@ -227,10 +227,11 @@ void depthwise_forward(const Depthwise<T>& p, int64_t begin, int64_t end, Moment
       const T* row[most_rows];
       const int64_t top = oy * p.sh - p.pad_top;
       for (int ky = 0; ky < p.kh; ky++) row[ky] = s.z.row(top + ky * p.dh, fill);
-      Ahead<S> ahead{};  // the input rows that the next output row is the first to need
-      for (int64_t r = top + p.kh; p.fetch && r < least(p.h, top + p.kh + p.sh); r++)
-        if (r >= 0 && ahead.count < 3) ahead.add(xs + ((it.n * p.h + r) * p.w) * p.c + it.c0, p.w, it.channels, p.c);
       S* y = ys + ((it.n * p.ho + oy) * p.wo) * p.c + it.c0;
+      Ahead<S> ahead{};  // the row to be stored, and the input rows that the next one is the first to need
+      if (p.fetch && !p.stream) ahead.add(y, p.wo, it.channels, p.c);
+      for (int64_t r = top + p.kh; p.fetch && r < least(p.h, top + p.kh + p.sh); r++)
+        if (r >= 0 && ahead.count < 4) ahead.add(xs + ((it.n * p.h + r) * p.w) * p.c + it.c0, p.w, it.channels, p.c);
       if (dense && p.kh == 3 && p.sh == 1) convolve_row<V, S, 3, 1>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 3 && p.sh == 2) convolve_row<V, S, 3, 2>(p, it, row, ps, s.out, ahead);
       else if (dense && p.kh == 5 && p.sh == 1) convolve_row<V, S, 5, 1>(p, it, row, ps, s.out, ahead);
@@ -460,6 +461,7 @@ void depthwise_backward(const Depthwise<T>& p, int64_t begin, int64_t end, doubl
         if (line[ky]) met[count++] = line[ky];
       Ahead<S> ahead{};
       S* dx = dxs ? dxs + ((it.n * p.h + iy) * p.w) * p.c + it.c0 : nullptr;
+      if (p.fetch && dx && !p.stream) ahead.add(dx, p.w, it.channels, p.c);
       if (p.fetch && iy + 1 < it.row1) ahead.add(x + p.w * p.c, p.w, it.channels, p.c);
       if (p.fetch && (q + 1) % p.sh == 0 && (q + 1) / p.sh < p.ho) {
         const int64_t at = ((it.n * p.ho + (q + 1) / p.sh) * p.wo) * p.c + it.c0;
