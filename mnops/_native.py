@@ -39,8 +39,8 @@ def load() -> None:
         ) from error
     if cuda_emulation():
         torch.ops.load_library(cuda_emulation())
-    elif cuda_missing() is None:
-        torch.ops.load_library(str(HERE / "libmnops_cuda.so"))
+    else:
+        cuda_missing()
 
 
 def cuda_emulation() -> str | None:
@@ -58,8 +58,9 @@ def build_info() -> dict[str, str]:
 
 @functools.cache
 def cuda_missing() -> str | None:
-    """Why the CUDA library does not serve here, or None where it does."""
-    if not (HERE / "libmnops_cuda.so").exists():
+    """Why the CUDA library does not serve here, or None where it does: then it is loaded."""
+    library = HERE / "libmnops_cuda.so"
+    if not library.exists():
         return "the CUDA library was not built (no nvcc was found at build time)"
     if torch.version.cuda is None:
         return f"the CUDA library was built, but torch {torch.__version__} has no CUDA"
@@ -72,4 +73,8 @@ def cuda_missing() -> str | None:
     same_major = any(name[:-1] == have[:-1] and int(name) <= int(have) for name in names)
     if not same_major and not any(int(name.split("-")[0]) <= int(have) for name in ptx):
         return f"the CUDA library was built for sm_{', sm_'.join(names)}, you have sm_{have}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the CUDA library does not load: {error.__cause__ or error}"
     return None

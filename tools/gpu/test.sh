@@ -14,6 +14,8 @@ failed=0
 
 $python tools/gpu/here.py || exit 1
 mkdir -p $logs
+# Without its library the CUDA backend's tests would be left out in silence.
+$python -c 'import sys; from mnops import _native; sys.exit(_native.cuda_missing())' || failed=1
 
 # On a GPU hypothesis draws fewer shapes: each is a new kernel.
 export HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-few} PYTHONPATH=tools/gpu OMP_NUM_THREADS=2
