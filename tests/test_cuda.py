@@ -58,27 +58,42 @@ def test_kernels_under_the_emulation(emulation):
 PLAIN = r"plain_|_any|I[^E]*d[dE]"  # kernels for what no other serves, and those of fp64
 
 
+def cuobjdump(option: str, file: Path) -> str:
+    knobs = pytest.importorskip("triton.knobs", reason="cuobjdump comes with the package triton")
+    return subprocess.run([knobs.nvidia.cuobjdump.path, option, file], capture_output=True, text=True).stdout
+
+
+def library() -> Path:
+    path = Path(mnops.__file__).parent / "libmnops_cuda.so"
+    if not path.exists():
+        pytest.skip("needs the CUDA library, which a build makes where nvcc is")
+    return path
+
+
 def stacks(file: Path) -> list[tuple[str, str, str]]:
     """Of the tuned kernels in it: name, bytes of stack, where spills and local arrays lie, and of local memory."""
-    knobs = pytest.importorskip("triton.knobs", reason="cuobjdump comes with the package triton")
-    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file]
-    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    listed = cuobjdump("--dump-resource-usage", file)
     kernels = re.findall(r"Function (\w+):\n\s*REG:\d+ STACK:(\d+) .*LOCAL:(\d+)", listed)
     return [kernel for kernel in kernels if not re.search(PLAIN, kernel[0])]
 
 
+def test_library_finds_torchs_cuda():
+    """Its symbols come with libtorch, which the library has to name: Python loads it without those of others."""
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    listed = subprocess.run(["readelf", "-d", library()], capture_output=True, text=True).stdout
+    assert "[libtorch.so]" in listed, listed
+
+
 def test_tuned_kernels_stay_in_registers():
     """For any of the GPUs that the library is built for."""
-    library = Path(mnops.__file__).parent / "libmnops_cuda.so"
-    if not library.exists():
-        pytest.skip("needs the CUDA library, which a build makes where nvcc is")
-    kernels = stacks(library)
+    kernels = stacks(library())
     assert len(kernels) > 100, kernels
     assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]
 
 
-def test_kernels_for_another_gpu_stay_in_registers(tmp_path):
-    """The largest source, for sm_80, which has most to hold."""
+def test_kernels_for_another_gpu(tmp_path):
+    """Of sm_80, which has most to hold in registers; they store whole vectors, not a half at a time."""
     if shutil.which("nvcc") is None or not (ROOT / "csrc" / "cuda").is_dir():
         pytest.skip("needs nvcc and the sources")
     cubin, include = tmp_path / "cubin", Path(torch.__file__).parent / "include"
@@ -93,3 +108,5 @@ def test_kernels_for_another_gpu_stay_in_registers(tmp_path):
     kernels = stacks(cubin)
     assert len(kernels) > 10, kernels
     assert not [kernel for kernel in kernels if kernel[1:] != ("0", "0")]
+    stores = re.findall(r"\bSTG\.E\S*", cuobjdump("--dump-sass", cubin))
+    assert "STG.E.64" in stores and "STG.E.U16" not in stores, set(stores)

@@ -70,10 +70,10 @@ template <int COUNT> __device__ __forceinline__ uint32_t columns_inside(int64_t 
 }
 
 // COUNT packs of a row that starts at `row`, `step` elements apart; zeros where the mask has none.
-template <int COUNT, class S, int VEC>
-__device__ __forceinline__ void load_row(const S* row, int step, uint32_t mask, Pack<S, VEC> (&to)[COUNT]) {
+template <class S, int VEC, int COUNT>
+__device__ __forceinline__ void load_row(const S* row, int step, uint32_t mask, Bits<S, VEC> (&to)[COUNT]) {
 #pragma unroll
-  for (int j = 0; j < COUNT; j++) to[j] = mask >> j & 1 ? load_pack<S, VEC>(row + j * step) : zero_pack<S, VEC>();
+  for (int j = 0; j < COUNT; j++) to[j] = mask >> j & 1 ? load_bits<S, VEC>(row + j * step) : Bits<S, VEC>{};
 }
 
 // rows, columns: of one phase (forward: pixels of y, backward: cells).

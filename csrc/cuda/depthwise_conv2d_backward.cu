@@ -61,15 +61,15 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
       // Addresses anew for every row: kept, they cost registers.
       const auto out_at = [&](int i) { return ((at.n * s.ho + out_h + s.dh * i) * s.wo + out_w) * s.c + c0; };
       const auto in_at = [&](int i, int e) { return ((at.n * s.h + in_h + s.dh * (STRIDE * i + e)) * s.w + in_w) * s.c + c0; };
-      Pack<S, VEC> raw_g[WINDOW], raw_y[WINDOW], raw_x[STRIDE][COLUMNS];
+      Bits<S, VEC> raw_g[WINDOW], raw_y[WINDOW], raw_x[STRIDE][COLUMNS];
       const auto load_out = [&](int i) {
         const uint32_t mask = out_inside(i) ? out_mask : 0u;
-        load_row(a.g + out_at(i), step, mask, raw_g);
-        load_row(a.y + (a.y ? out_at(i) : 0), step, a.y ? mask : 0u, raw_y);
+        load_row<S, VEC>(a.g + out_at(i), step, mask, raw_g);
+        load_row<S, VEC>(a.y + (a.y ? out_at(i) : 0), step, a.y ? mask : 0u, raw_y);
       };
       const auto load_in = [&](int i) {
 #pragma unroll
-        for (int e = 0; e < STRIDE; e++) load_row(a.x + in_at(i, e), step, in_inside(i, e) ? in_mask : 0u, raw_x[e]);
+        for (int e = 0; e < STRIDE; e++) load_row<S, VEC>(a.x + in_at(i, e), step, in_inside(i, e) ? in_mask : 0u, raw_x[e]);
       };
       T window[OPEN][WINDOW][VEC];  // row i of gy lies in window[(i + OPEN - 1) % OPEN]
       const auto take_out = [&](int i, T(&to)[WINDOW][VEC]) {
@@ -77,7 +77,7 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
 #pragma unroll
         for (int j = 0; j < WINDOW; j++) {
           T g[VEC], y[VEC];
-          widen_pack(raw_g[j], g), widen_pack(raw_y[j], y);
+          widen_bits<S>(raw_g[j], g), widen_bits<S>(raw_y[j], y);
 #pragma unroll
           for (int v = 0; v < VEC; v++) to[j][v] = mask >> j & 1 ? incoming.gy(g[v], y[v], v) : T(0);
         }
@@ -94,7 +94,7 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
           const int i = base + turn;
           if (i >= rows) break;
           take_out(i, window[(turn + OPEN - 1) % OPEN]);
-          Pack<S, VEC> now_x[STRIDE][COLUMNS];
+          Bits<S, VEC> now_x[STRIDE][COLUMNS];
 #pragma unroll
           for (int e = 0; e < STRIDE; e++)
 #pragma unroll
@@ -108,7 +108,7 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
               const bool there = in_mask >> j & 1;
               const int f = j % STRIDE, b0 = j / STRIDE + OPEN - 1;
               T x[VEC], pre[VEC], z[VEC], gz[VEC] = {};
-              widen_pack(now_x[e][j], x);
+              widen_bits<S>(now_x[e][j], x);
 #pragma unroll
               for (int v = 0; v < VEC; v++) {
                 pre[v] = norm.pre(x[v], v);
@@ -139,7 +139,7 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
                 dx[v] = gp * norm.scale[v];
               }
               narrow_pack(dx, pack);
-              if (there && a.dx) store_pack(a.dx + in_at(i, e) + j * step, pack);
+              if (there && a.dx) store_bits(a.dx + in_at(i, e) + j * step, pack);
             }
           }
         }

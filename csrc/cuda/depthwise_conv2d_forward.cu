@@ -55,15 +55,15 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
       const auto inside = [&](int i, int t) {
         return (i > 1 - OPEN || SEEN + t >= STRIDE * (OPEN - 1)) && row(i, t) >= 0 && row(i, t) < height;
       };
-      const auto load = [&](int i, int t, Pack<S, VEC>(&to)[COLUMNS]) {  // addresses anew: kept, they cost registers
-        load_row(a.x + ((at.n * s.h + row(i, t)) * s.w + in_w) * s.c + c0, step, inside(i, t) ? in_mask : 0u, to);
+      const auto load = [&](int i, int t, Bits<S, VEC>(&to)[COLUMNS]) {  // addresses anew: kept, they cost registers
+        load_row<S, VEC>(a.x + ((at.n * s.h + row(i, t)) * s.w + in_w) * s.c + c0, step, inside(i, t) ? in_mask : 0u, to);
       };
       T partial[OPEN][STRIP][VEC] = {};  // the last is not used
-      Pack<S, VEC> raw[NEW][COLUMNS];
+      Bits<S, VEC> raw[NEW][COLUMNS];
 #pragma unroll
       for (int t = 0; t < NEW; t++) load(1 - OPEN, t, raw[t]);
       for (int i = 1 - OPEN; i < rows; i++) {
-        Pack<S, VEC> now[NEW][COLUMNS];
+        Bits<S, VEC> now[NEW][COLUMNS];
 #pragma unroll
         for (int t = 0; t < NEW; t++) {
 #pragma unroll
@@ -85,7 +85,7 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
             const bool there = in_mask >> j & 1;  // padding is 0 after the activation
             const T low = there ? bounds.low : T(0), high = there ? bounds.high : T(0);
             T z[VEC];
-            widen_pack(now[t][j], z);
+            widen_bits<S>(now[t][j], z);
 #pragma unroll
             for (int v = 0; v < VEC; v++) {
               z[v] = norm.pre(z[v], v);
@@ -115,7 +115,7 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
 #pragma unroll
               for (int v = 0; v < VEC; v++) pivot[v] = stored[v];
             if (out_mask >> o & 1) {
-              store_pack(out + o * step, pack);
+              store_bits(out + o * step, pack);
               count++;
 #pragma unroll
               for (int v = 0; v < VEC; v++) {

@@ -46,6 +46,31 @@ template <class S, int VEC> __device__ __forceinline__ Pack<S, VEC> zero_pack() 
   return Pack<S, VEC>{};
 }
 
+// A pack as it is moved, a register for 4 bytes. Halves are taken apart by widen_pack, where they are used: in a Pack the
+// compiler would do so right after the load, and wait for it there.
+template <class S, int VEC>
+using Bits = Pack<std::conditional_t<sizeof(S) * VEC % 4, uint16_t, uint32_t>, (int(sizeof(S)) * VEC + 3) / 4>;
+template <class S, int VEC> __device__ __forceinline__ Bits<S, VEC> load_bits(const S* from) {
+  return *reinterpret_cast<const Bits<S, VEC>*>(from);
+}
+// To global memory in one access, where the compiler may store one element after the other.
+template <class S, int VEC> __device__ __forceinline__ void store_bits(S* to, const Pack<S, VEC>& pack) {
+  Bits<S, VEC> bits;
+  memcpy(&bits, static_cast<const void*>(&pack), sizeof(pack));
+#ifndef MNOPS_EMULATE_CUDA
+  if constexpr (sizeof(pack) == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(bits.v[0]), "r"(bits.v[1]), "r"(bits.v[2]), "r"(bits.v[3]) : "memory");
+    return;
+  }
+  if constexpr (sizeof(pack) == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.v[0]), "r"(bits.v[1]) : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Bits<S, VEC>*>(to) = bits;
+}
+
 // The values of a pack. bf16 two at a time by hand: an instruction each, where the compiler takes two.
 template <class T, class S, int VEC> __device__ __forceinline__ void widen_pack(const Pack<S, VEC>& from, T (&to)[VEC]) {
   if constexpr (std::is_same_v<S, __nv_bfloat16> && VEC % 2 == 0) {
@@ -74,6 +99,12 @@ template <class T, class S, int VEC> __device__ __forceinline__ void narrow_pack
 #endif
 #pragma unroll
   for (int i = 0; i < VEC; i++) narrow(from[i], to.v[i]);
+}
+
+template <class S, class T, int VEC> __device__ __forceinline__ void widen_bits(const Bits<S, VEC>& from, T (&to)[VEC]) {
+  Pack<S, VEC> pack;
+  memcpy(static_cast<void*>(&pack), &from, sizeof(pack));
+  widen_pack(pack, to);
 }
 
 // ---- shared memory and copies into it ----
