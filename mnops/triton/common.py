@@ -251,18 +251,56 @@ def merge_statistics(count, mean, m2, n, delta, squares):
 
 
 @triton.jit
-def measure_tile(values, ok, n, count, mean, m2):
-    """Count, mean and sum of squared deviations with the n rows of values that are ok among them.
+def pairs(values):
+    """[P, C] in two halves [P / 16, 8, C]: of every two rows that are 8 apart the first and the second.
 
-    A tile is measured around the mean so far: where |mean| / std is large so is the rounding of a mean, and
-    it drops out.
+    A thread holds both where values come from a product. Sums over the pixels stay in such pairs until all tiles
+    are added: across threads they cost a shuffle for each channel and tile, more than all the rest of a tile.
     """
+    P: tl.constexpr = values.shape[0]
+    C: tl.constexpr = values.shape[1]
+    return tl.split(tl.permute(tl.reshape(values, [P // 16, 2, 8, C]), (0, 2, 3, 1)))
+
+
+@triton.jit
+def add_pairs(sums, values):
+    a, b = pairs(values)
+    return sums + a + b
+
+
+@triton.jit
+def sum_pairs(sums):
+    """The sums of `add_pairs`, [1, C]."""
+    return tl.sum(tl.sum(sums, 0), 0)[None, :]
+
+
+@triton.jit
+def unmeasured(BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What `measure_tile` keeps: count, a pivot near the values, sums of y - pivot and of its square in pairs."""
+    sums = tl.zeros([BLOCK_P // 16, 8, BLOCK_C], tl.float32)
+    return 0.0, tl.zeros([1, BLOCK_C], tl.float32), sums, sums
+
+
+@triton.jit
+def measure_tile(values, ok, n, measured):
+    """`measured` with the n rows of values that are ok among them.
+
+    The pivot is the mean of the first tile: where |mean| / std is large so is the rounding of sums of y, and in
+    those of y - pivot it drops out.
+    """
+    count, pivot, sum1, sum2 = measured
     if count == 0.0:
-        mean = tl.sum(tl.where(ok, values, 0.0), 0)[None, :] / n
-    away = tl.where(ok, values - mean, 0.0)
-    delta = tl.sum(away, 0)[None, :] / n
-    squares = tl.sum(away * away, 0)[None, :] - n * delta * delta
-    return merge_statistics(count, mean, m2, n, delta, squares)
+        pivot = tl.sum(tl.where(ok, values, 0.0), 0)[None, :] * (1.0 / n)
+    a, b = pairs(tl.where(ok, values - pivot, 0.0))
+    return count + n, pivot, sum1 + a + b, sum2 + a * a + b * b
+
+
+@triton.jit
+def statistics(measured):
+    """Count, mean and sum of squared deviations, [1, C]."""
+    count, pivot, sum1, sum2 = measured
+    away = sum_pairs(sum1) * (1.0 / count)
+    return count, pivot + away, sum_pairs(sum2) - count * away * away
 
 
 # ---- tiles of a (P, C) matrix ----
@@ -288,16 +326,14 @@ def store_tile(y, values, left, c, c_ok, C: tl.constexpr, BLOCK_P: tl.constexpr)
 
 
 @triton.jit
-def store_measured(
-    y, acc, left, c, c_ok, count, mean, m2, C: tl.constexpr, BLOCK_P: tl.constexpr, MEASURE: tl.constexpr
-):
-    """Stores acc; returns count, mean and sum of squared deviations with its pixels among them."""
+def store_measured(y, acc, left, c, c_ok, measured, C: tl.constexpr, BLOCK_P: tl.constexpr, MEASURE: tl.constexpr):
+    """Stores acc; returns `measured` with its pixels among them."""
     out, stored = rounded(acc, y.dtype.element_ty)
     store_tile(y, out, left, c, c_ok, C, BLOCK_P)
     if MEASURE:
         n = tl.minimum(left, BLOCK_P).to(tl.float32)
-        count, mean, m2 = measure_tile(stored, tl.arange(0, BLOCK_P)[:, None] < left, n, count, mean, m2)
-    return count, mean, m2
+        measured = measure_tile(stored, tl.arange(0, BLOCK_P)[:, None] < left, n, measured)
+    return measured
 
 
 @triton.jit

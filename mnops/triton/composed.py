@@ -24,8 +24,10 @@ from mnops.triton.common import (
     measure_tile,
     pixels,
     share,
+    statistics,
     store_statistics,
     to_float,
+    unmeasured,
 )
 from mnops.triton.finish import finish_statistics
 from mnops.triton.launch import (
@@ -50,15 +52,14 @@ def statistics_kernel(
     P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     group, groups, c, c_ok = share(C, BLOCK_C)
-    count = 0.0
-    mean = tl.zeros([1, BLOCK_C], tl.float32)
-    m2 = tl.zeros([1, BLOCK_C], tl.float32)
+    measured = unmeasured(BLOCK_P, BLOCK_C)
     for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
         first, left = pixels(tile, P, BLOCK_P)
         values = to_float(load_tile(y + first * C, left, c, c_ok, C, BLOCK_P))
         n = tl.minimum(left, BLOCK_P).to(tl.float32)
-        count, mean, m2 = measure_tile(values, tl.arange(0, BLOCK_P)[:, None] < left, n, count, mean, m2)
-    store_statistics(stats, group, groups, c, c_ok, C, count, mean, m2)
+        ok = tl.arange(0, BLOCK_P)[:, None] < left
+        measured = measure_tile(values, ok, n, measured)
+    store_statistics(stats, group, groups, c, c_ok, C, *statistics(measured))
 
 
 @triton.jit(do_not_specialize=["P", "values"])

@@ -162,7 +162,7 @@ def depthwise_conv2d(
     args = x, weight, mean, var, gamma, beta, eps, act, stride, padding, dilation, measure
     kernel = weight.shape[2]
     shape = x.dtype, *x.shape[1:], kernel, *stride, *dilation
-    candidates = tiles.depthwise(x.shape[1], kernel, x.element_size())
+    candidates = tiles.depthwise(x.shape[1], kernel, stride[1], x.element_size())
     return forward(
         *args, tune.best("depthwise_conv2d", shape, x, candidates, lambda tile: forward(*args, tile))
     )

@@ -42,9 +42,11 @@ from mnops.triton.common import (
     pixels,
     product,
     share,
+    statistics,
     store_measured,
     store_statistics,
     store_vectors,
+    unmeasured,
 )
 from mnops.triton.finish import BLOCK, finish_statistics
 from mnops.triton.launch import (
@@ -59,7 +61,9 @@ from mnops.triton.launch import (
     restored,
 )
 
-PROGRAMS = 2  # persistent ones, a multiprocessor
+# Persistent ones a multiprocessor, by their warps: a multiple of those that are resident, 1 or 2 of 8 warps, 2 or 3
+# of 4.
+PROGRAMS = {8: 2, 4: 6}
 
 
 @triton.jit(do_not_specialize=["values"])
@@ -101,9 +105,7 @@ def pointwise_conv2d_kernel(
     PERSIST: tl.constexpr,  # a program takes many tiles; otherwise one
 ):  # fmt: skip
     group, groups, o, o_ok = share(O, BLOCK_O)
-    count = 0.0
-    mean = tl.zeros([1, BLOCK_O], tl.float32)
-    m2 = tl.zeros([1, BLOCK_O], tl.float32)
+    measured = unmeasured(BLOCK_P, BLOCK_O)
     if PERSIST:  # all of w stays in shared memory
         c, c_ok = block_channels(0, C, BLOCK_C)
         w = load_weight(matrix, o, o_ok, c, c_ok, C)
@@ -111,9 +113,7 @@ def pointwise_conv2d_kernel(
             first, left = pixels(tile, P, BLOCK_P)
             z = normalised_tile(x + first * C, norm, left, c, c_ok, C, BLOCK_P, NORM, ACT)
             acc = product(z, tl.trans(w), None, PRECISION)
-            count, mean, m2 = store_measured(
-                y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE
-            )
+            measured = store_measured(y + first * O, acc, left, o, o_ok, measured, O, BLOCK_P, MEASURE)
     else:
         first, left = pixels(group, P, BLOCK_P)
         acc = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
@@ -121,11 +121,9 @@ def pointwise_conv2d_kernel(
             c, c_ok = block_channels(block, C, BLOCK_C)
             z = normalised_tile(x + first * C, norm, left, c, c_ok, C, BLOCK_P, NORM, ACT)
             acc = product(z, tl.trans(load_weight(matrix, o, o_ok, c, c_ok, C)), acc, PRECISION)
-        count, mean, m2 = store_measured(
-            y + first * O, acc, left, o, o_ok, count, mean, m2, O, BLOCK_P, MEASURE
-        )
+        measured = store_measured(y + first * O, acc, left, o, o_ok, measured, O, BLOCK_P, MEASURE)
     if MEASURE:
-        store_statistics(stats, group, groups, o, o_ok, O, count, mean, m2)
+        store_statistics(stats, group, groups, o, o_ok, O, *statistics(measured))
 
 
 @triton.jit
@@ -203,7 +201,7 @@ def forward(x, weight, mean, var, gamma, beta, eps, act, measure, tile):
     matrix, norm, _ = prepare(x, weight, norm_arguments(mean, var, gamma, beta), eps)
     blocks, all_tiles = cdiv(out, tile.columns), cdiv(count, tile.pixels)
     persist = channels <= tile.depth
-    groups = min(all_tiles, cdiv(PROGRAMS * multiprocessors(x.device), blocks)) if persist else all_tiles
+    groups = min(all_tiles, cdiv(PROGRAMS[tile.warps] * multiprocessors(x.device), blocks)) if persist else all_tiles
     y = empty_nhwc(x, (n, out, height, width))
     stats = x.new_empty((3, groups, out) if measure else 0, dtype=torch.float32)
     launch(

@@ -29,8 +29,10 @@ from mnops.triton.common import (
     pixels,
     product,
     share,
+    statistics,
     store_measured,
     store_statistics,
+    unmeasured,
 )
 from mnops.triton.finish import finish_matrix, finish_statistics
 from mnops.triton.launch import (
@@ -49,7 +51,9 @@ from mnops.triton.launch import (
 
 MOST_TAPS = 256  # K * K * C of one block; 7x7 on RGB has 147
 BLOCK_P = 128  # pixels: with 32 taps and 32 outputs 16 to 32 values a thread
-PROGRAMS = 4  # persistent ones, a multiprocessor: they keep the weights, or their gradient, in registers
+# Persistent ones, a multiprocessor: they keep the weights, or their gradient, in registers. A multiple of those
+# that are resident: 2 or 3 forward, 6 of the gradient (9.0).
+PROGRAMS = 6
 
 
 @triton.jit
@@ -97,9 +101,7 @@ def stem_conv2d_kernel(
     )
     w = tl.load(weight + o * (C * K * K) + tl.trans(place), mask=o_ok & tl.trans(t_ok), other=0.0)
     w = w.to(x.dtype.element_ty)
-    count = 0.0
-    mean_y = tl.zeros([1, BLOCK_O], tl.float32)
-    m2 = tl.zeros([1, BLOCK_O], tl.float32)
+    measured = unmeasured(BLOCK_P, BLOCK_O)
     for tile in range(group, tl.cdiv(P, BLOCK_P), groups):
         first, left = pixels(tile, P, BLOCK_P)
         z = gather(
@@ -107,11 +109,9 @@ def stem_conv2d_kernel(
             STRIDE_W, BLOCK_P, NORM, ACT,
         )  # fmt: skip
         acc = product(z, w, None, PRECISION)
-        count, mean_y, m2 = store_measured(
-            y + first * O, acc, left, o, o_ok, count, mean_y, m2, O, BLOCK_P, MEASURE
-        )
+        measured = store_measured(y + first * O, acc, left, o, o_ok, measured, O, BLOCK_P, MEASURE)
     if MEASURE:
-        store_statistics(stats, group, groups, o, o_ok, O, count, mean_y, m2)
+        store_statistics(stats, group, groups, o, o_ok, O, *statistics(measured))
 
 
 @triton.jit(do_not_specialize=["P", "H", "W", "OH", "OW", "pad_top", "pad_left"])

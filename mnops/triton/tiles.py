@@ -44,14 +44,18 @@ def _block_c(channels: int) -> int:
     return 16 if cdiv(channels, 16) * 16 <= 7 / 8 * cdiv(channels, 32) * 32 else 32
 
 
-def depthwise(channels: int, kernel: int, itemsize: int) -> list[Lanes]:
+def depthwise(channels: int, kernel: int, stride: int, itemsize: int) -> list[Lanes]:
     """Strips of 4 pixels load 6 columns for 4 (3x3). A thread takes 4 bytes of a pixel, 16 to 32 neighbours
-    load 64 to 128 bytes of it together: 56 to 127 registers, 16 to 36 warps resident (9.0). A 7x7 holds 49
+    load 64 to 128 bytes of it together: 56 to 128 registers, 16 to 36 warps resident (9.0). A 7x7 holds 49
     taps.
+
+    3x3 at stride 1 in half is bound by instructions: strips of 4 take 221 a row, so that a multiprocessor which
+    issues all it can moves 18.5 bytes a clock, as many as an H200's memory gives it. Strips of 8 normalise 10
+    columns for 8, not 12, and move 22.3.
     """
     block, vector = _block_c(channels), 4 // itemsize
-    first = Lanes(4, vector, block) if kernel < 7 else Lanes(2, vector, block)
-    return _distinct([first, Lanes(2, 2, block), Lanes(4, 1, block)])
+    first = Lanes(2 if kernel >= 7 else 8 if kernel == 3 and stride == 1 and itemsize == 2 else 4, vector, block)
+    return _distinct([first, Lanes(min(first.strip, 4), vector, block), Lanes(2, 2, block), Lanes(4, 1, block)])
 
 
 def depthwise_backward(channels: int, kernel: int, stride: int, itemsize: int) -> list[Lanes]:
@@ -65,7 +69,8 @@ def depthwise_backward(channels: int, kernel: int, stride: int, itemsize: int) -
         return [Lanes(2, 1, block), Lanes(1, 1, block)]
     narrow = kernel >= 5 or (stride > 1 and vector > 1)  # 5x5: 237 registers, strips of 4 spill
     first = Lanes(2 if narrow else 4, vector, block)
-    return _distinct([first, Lanes(2, 2, block), Lanes(4, 1, block)])
+    wide = [] if narrow or stride > 1 or vector == 1 else [Lanes(8, vector, block)]  # 219 registers (9.0)
+    return _distinct([first, first._replace(unroll=2), *wide, Lanes(2, 2, block), Lanes(4, 1, block)])
 
 
 # ---- pointwise ----
@@ -96,18 +101,20 @@ SMALL = 128 << 10  # bytes: less shared memory than this has 8.6, 8.9 and 12.0, 
 
 def pointwise(channels: int, out: int, itemsize: int, gpu: Gpu) -> list[Block]:
     """Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under
-    way while these are multiplied; in fp32 150 KB of shared memory. Many: 128 x 128 and a depth of 128 bytes
-    a row, at most 198 registers of 8 warps.
+    way while these are multiplied; in fp32 150 KB of shared memory. In half, up to 64 x 128, programs of 4 warps:
+    two or three are resident (150 to 255 registers, 9.0), and one stores while another multiplies. Many channels:
+    128 x 128 and a depth of 128 bytes a row, at most 199 registers of 8 warps.
     """
     columns = _power(out, 128)
     if channels <= (WHOLE if gpu.shared >= SMALL else 2 * WHOLE // itemsize):
         depth = _power(channels, WHOLE)
-        # 64 channels in half to 128 outputs spill 248 bytes a thread on 10.0 with 128 pixels
-        pixels = 64 if depth * itemsize > (64 if gpu.capability // 10 == 10 and columns == 128 else 128) else 128
-        return _distinct([
-            Block(pixels, columns, depth), Block(64, columns, depth), Block(64, columns, depth, 4),
-            Block(128, columns, depth),
-        ])  # fmt: skip
+        # 64 channels in half to 128 outputs spill 248 bytes a thread on 10.0 with 128 pixels, 184 with 4 warps
+        tight = gpu.capability // 10 == 10 and columns == 128
+        pixels = 64 if depth * itemsize > (64 if tight else 128) else 128
+        small = [Block(64, columns, depth, 4)]
+        large = [Block(pixels, columns, depth), Block(64, columns, depth), Block(128, columns, depth)]
+        few = itemsize == 2 and columns * depth <= 64 * 128 and not tight
+        return _distinct(small + large if few else large + small)
     depth = 128 // itemsize
     if itemsize == 4:
         return [Block(128, columns, depth), Block(64, columns, depth)]
@@ -137,10 +144,15 @@ def pointwise_backward(
     small = 32 if columns * depth > 64 * 64 else 64
     if not from_shared and (small == 32 or gpu.shared < SMALL):
         return [Block(32, columns, depth, 8, 2), apart[0]]
-    return [
-        Block(small, columns, depth), Block(64, columns, depth, 8, 2), Block(64, columns, depth),
+    first = []
+    if from_shared and itemsize == 2 and columns * depth <= 64 * 128:
+        # half the barriers a pixel; where dw is small 4 warps hold it, and two programs are resident
+        first = [Block(64, columns, depth, 4) if columns * depth <= 32 * 64 else Block(64, columns, depth, 8, 2)]
+    stages = 2 if itemsize == 4 and small == 32 else 3  # tf32 at 128 x 128 spills 8 bytes with 3 (9.0)
+    return _distinct([
+        *first, Block(small, columns, depth, 8, stages), Block(64, columns, depth, 8, 2), Block(64, columns, depth),
         Block(small, columns, depth, 8, 2), apart[0],
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 def _dgrad(channels: int, out: int, itemsize: int) -> list[Block]:
