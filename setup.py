@@ -31,10 +31,12 @@ def torch_package() -> tuple[pathlib.Path, str]:
 
 
 def commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return described.stdout.strip() or "unknown"
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # not installed
+        said = ""
+    return said or "unknown"
 
 
 class CMakeBuild(build_ext):

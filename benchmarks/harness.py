@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import gc
 import math
 import os
@@ -22,7 +23,16 @@ from .peers import MINE, PEERS, Case
 from .rows import Row
 from .step import error, tolerance
 
+LOST = "lost: "  # check of a contender whose kernel ruined the GPU's context
 BUSY = 1.0  # load average of the last minute, above which somebody else is computing
+
+
+class DeviceLost(Exception):
+    """A contender's kernel ruined the GPU's context: only another process can go on. `row` is the contender's."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(f"{row['contender']}: {row['check']}")
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,10 @@ class Options:
 
 
 def run(cases: Iterable[Case], options: Options) -> list[Row]:
-    """The rows of `cases`, each case written to `options.results` when it is done."""
+    """The rows of `cases`, each case written to `options.results` when it is done.
+
+    Raises DeviceLost, the culprit's row written: the next call of the same commit leaves it out.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces each of its runs otherwise
     options = replace(options, threads=options.threads or torch.get_num_threads())
     cases = list(cases)
@@ -66,7 +79,11 @@ def run(cases: Iterable[Case], options: Options) -> list[Row]:
                 if time.monotonic() > options.end:
                     bar.write(f"time is over: {len(cases) - done} cases are left for the next call")
                     break
-                new = measure(case, options, lambda share, done=done: advance(bar, done + share))
+                try:
+                    new = measure(case, options, lambda share, done=done: advance(bar, done + share))
+                except DeviceLost as e:
+                    rows.write(options.results, [e.row])
+                    raise
                 rows.write(options.results, new)
                 for row in new:
                     bar.write(line(row))
@@ -79,12 +96,22 @@ def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda
     """One row for each contender of one case."""
     device = options.device
     torch._dynamo.reset()  # each case compiles for itself, as a user's only network would
-    served = [PEERS[name] for name in options.peers if PEERS[name].why_not(case, device) is None]
     common = {**case.columns, **identity(options), "cache_bytes": machine.last_level_cache(device)}
+    gone = {r["contender"] for r in known(case, options) if r["check"].startswith(LOST)}
+    served = [PEERS[name] for name in options.peers if name not in gone and PEERS[name].why_not(case, device) is None]
     before = machine.rates(device, case.dtype)
     limit = tolerance(case, device)
     ready: dict[str, Contender | Apart] = {}
     made: dict[str, Row] = {}
+
+    def failed(name: str, e: Exception) -> None:
+        """Whatever a contender dies of belongs into its row, and the others go on."""
+        made[name]["check"] = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
+        ready.pop(name, None)
+        if machine.lost(device):
+            made[name]["check"] = LOST + made[name]["check"].removeprefix("failed: ")
+            raise DeviceLost(made[name]) from e
+
     for peer in served:
         row = made[peer.name] = {**common, "contender": peer.name, "layout": peer.layout}
         try:
@@ -97,18 +124,44 @@ def measure(case: Case, options: Options, tick: Callable[[float], None] = lambda
                 ready[peer.name] = contender
             else:
                 contender.close()
-        except Exception as e:  # whatever a contender dies of belongs into its row, and the others go on
-            row["check"] = f"failed: {type(e).__name__}: {' '.join(str(e).split())[:160]}"
-    samples = {name: contender.sample for name, contender in ready.items()}
-    times = timing.interleave(samples, device, options.budget, options.rounds, tick)
+        except Exception as e:
+            failed(peer.name, e)
+    times = timed(ready, options, tick, failed)
     floor = floors(case, *map(max, before, machine.rates(device, case.dtype)))
     against = next((n for n in [*MINE, *times] if n in times), None)
     for name, values in times.items():
         made[name].update(rows.summarize(values, times[against]), against=against)
-        made[name].update(ready[name].observe(made[name]["backend"]))
+        try:
+            made[name].update(ready[name].observe(made[name]["backend"]))
+        except Exception as e:  # it has its times
+            made[name]["kernel"] = f"not observed: {type(e).__name__}"
         ready[name].close()
     gc.collect()
     return [{**row, **floor} for row in made.values()]
+
+
+def timed(
+    ready: dict[str, Contender | Apart],
+    options: Options,
+    tick: Callable[[float], None],
+    failed: Callable[[str, Exception], None],
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, a value a round. One that fails is told to `failed`, and the others begin
+    anew."""
+    running = ""
+
+    def sample(name: str, *args: int) -> float:
+        nonlocal running
+        running = name
+        return ready[name].sample(*args)
+
+    while ready:
+        samples = {name: functools.partial(sample, name) for name in ready}
+        try:
+            return timing.interleave(samples, options.device, options.budget, options.rounds, tick)
+        except Exception as e:
+            failed(running, e)
+    return {}
 
 
 def start(name: str, case: Case, options: Options) -> Contender | Apart:
@@ -140,14 +193,16 @@ def identity(options: Options) -> Row:
 
 def finished(case: Case, options: Options) -> bool:
     """Whether the file has a row of this commit and torch for every contender that would run."""
-    have = {rows.key(r): (r["commit"], r["torch"]) for r in rows.read(options.results)}
-    now = identity(options)
-    wanted = [
-        {**case.columns, **now, "contender": n}
-        for n in options.peers
-        if not PEERS[n].why_not(case, options.device)
-    ]
-    return all(have.get(rows.key(r)) == (now["commit"], now["torch"]) for r in wanted)
+    have = {r["contender"] for r in known(case, options)}
+    return all(n in have for n in options.peers if not PEERS[n].why_not(case, options.device))
+
+
+def known(case: Case, options: Options) -> list[Row]:
+    """The file's rows of this case, commit and torch."""
+    now = {**case.columns, **identity(options)}
+    keys = {rows.key({**now, "contender": n}) for n in options.peers}
+    same = (now["commit"], now["torch"])
+    return [r for r in rows.read(options.results) if rows.key(r) in keys and (r["commit"], r["torch"]) == same]
 
 
 def absent(case: Case, options: Options) -> Iterator[str]:

@@ -37,6 +37,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def lost(device: str) -> bool:
+    """Whether a kernel has ruined the GPU's context: every call of this process fails from then on."""
+    try:
+        synchronize(device)
+    except Exception:
+        return True
+    return False
+
+
 def fastest() -> str:
     """Where the truth is computed."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,7 +112,11 @@ def commit() -> str:
     """The last commit that changed the measured code, with a digest of what is not committed of it."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+        try:
+            said = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+        except OSError:  # not installed
+            return ""
+        return said.stdout.strip()
 
     changed = git("diff", "HEAD", "--", *MEASURED)
     # a copy without its history says with MNOPS_COMMIT what it is a copy of
@@ -132,9 +145,17 @@ def seconds(call, device: str, rounds: int = 7) -> float:
     times = []
     for _ in range(rounds + 2):
         synchronize(device)
+        if device == "cuda":  # behind another call, so that no launch is waited for
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            call()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+            continue
         start = time.perf_counter()
         call()
-        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 

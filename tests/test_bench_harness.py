@@ -175,6 +175,58 @@ def test_wrong_and_failing_contenders_are_named_and_not_timed(options, monkeypat
     assert made["torch-nchw"]["ratio"] == 1
 
 
+def dying(calls):
+    """A contender that runs so often and then dies."""
+
+    def prepare(module, x):
+        left = iter(range(calls))
+
+        def run(x):
+            if next(left, None) is None:
+                raise RuntimeError("an illegal access")
+            return module(x)
+
+        return run
+
+    return peers.Peer("dying", "NCHW", prepare)
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_who_dies_while_it_is_timed_does_not_keep_the_others_from_it(options, monkeypatch, calls):
+    monkeypatch.setitem(peers.PEERS, "dying", dying(calls))
+    case = LayerCase(SMALL, "standalone", "infer", 2, torch.float32)
+    made = {r["contender"]: r for r in harness.run([case], options("dying", "torch-nchw"))}
+    assert made["dying"]["check"] == "failed: RuntimeError: an illegal access" and "p50_ms" not in made["dying"]
+    assert made["torch-nchw"]["check"] == "ok" and made["torch-nchw"]["rounds"] == 2
+    [alone] = harness.run([case], options("dying", fresh=True))
+    assert alone["check"].startswith("failed")
+
+
+def test_a_lost_device_is_left_to_another_process_and_its_culprit_out(options, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "dying", dying(3))
+    monkeypatch.setattr(machine, "lost", lambda device: True)
+    case, both = LayerCase(SMALL, "standalone", "infer", 2, torch.float32), options("dying", "torch-nchw")
+    with pytest.raises(harness.DeviceLost, match="dying: lost: RuntimeError: an illegal access"):
+        harness.run([case], both)
+    [row] = rows.read(both.results)
+    assert (row["contender"], row["check"]) == ("dying", "lost: RuntimeError: an illegal access")
+    assert [r["contender"] for r in harness.run([case], both)] == ["torch-nchw"]
+    assert harness.run([case], both) == []
+
+
+def test_the_command_goes_on_in_another_process_when_the_device_is_lost(monkeypatch):
+    cli, started = load("cli"), []
+
+    def loses(argv):
+        raise harness.DeviceLost({"contender": "x", "check": "lost: y"})
+
+    monkeypatch.setattr(cli, "run", loses)
+    monkeypatch.setattr(cli.os, "execv", lambda python, command: started.append(command[4:]))
+    cli.main(["all", "--seconds", "100", "--fresh"])
+    [(*argv, left)] = started
+    assert argv == ["all", "--seconds", "100", "--seconds"] and 99 < float(left) <= 100
+
+
 def test_a_second_run_measures_nothing_again(options):
     case = LayerCase(SMALL, "standalone", "train", 2, torch.float32)
     assert len(harness.run([case], options("torch-nchw"))) == 1

@@ -343,13 +343,16 @@ def incoming_tile(
 ):  # fmt: skip
     """FACTOR * gy of a tile, in g's dtype for the tensor cores; with MASKED 0 beyond `left` pixels."""
     mine = load_tile(g, left, o, o_ok, O, BLOCK_P)
-    other = mine
-    if GVAR:
-        other = load_tile(y, left, o, o_ok, O, BLOCK_P)
-    ok = None
-    if MASKED:
-        ok = tl.arange(0, BLOCK_P)[:, None] < left
-    return incoming(mine, other, ok, gm, gv, my, GMEAN, GVAR, FACTOR).to(g.dtype.element_ty)
+    if GMEAN or GVAR or FACTOR != 1.0:
+        other = mine
+        if GVAR:
+            other = load_tile(y, left, o, o_ok, O, BLOCK_P)
+        ok = None
+        if MASKED:
+            ok = tl.arange(0, BLOCK_P)[:, None] < left
+        return incoming(mine, other, ok, gm, gv, my, GMEAN, GVAR, FACTOR).to(g.dtype.element_ty)
+    else:  # from memory to the tensor cores without a register
+        return mine
 
 
 @triton.jit

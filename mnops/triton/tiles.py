@@ -103,7 +103,8 @@ def pointwise(channels: int, out: int, itemsize: int, gpu: Gpu) -> list[Block]:
     """Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under
     way while these are multiplied; in fp32 150 KB of shared memory. In half, up to 64 x 128, programs of 4 warps:
     two or three are resident (150 to 255 registers, 9.0), and one stores while another multiplies. Many channels:
-    128 x 128 and a depth of 128 bytes a row, at most 199 registers of 8 warps.
+    128 x 128 and a depth of 128 bytes a row, at most 199 registers of 8 warps; on 9.0 two programs of 4 warps and
+    255 registers, for the sums at a tile's end take as long as three of its products.
     """
     columns = _power(out, 128)
     if channels <= (WHOLE if gpu.shared >= SMALL else 2 * WHOLE // itemsize):
@@ -121,6 +122,8 @@ def pointwise(channels: int, out: int, itemsize: int, gpu: Gpu) -> list[Block]:
     blocks = [
         Block(128, columns, depth), Block(128, columns, depth // 2, 8, 4), Block(64, columns, depth, 4, 3)
     ]
+    if gpu.capability // 10 == 9:
+        blocks.insert(0, Block(128, columns, depth, 4))
     return blocks + [Block(128, 256, depth), Block(64, 256, depth)] if out >= 256 else blocks
 
 
@@ -165,11 +168,10 @@ def _dgrad(channels: int, out: int, itemsize: int) -> list[Block]:
 def _wgrad(channels: int, out: int, itemsize: int) -> list[Block]:
     """pixels is the depth here, and columns x depth the block of dw."""
     rows, columns, pixels = _power(out, 128), _power(channels, 128), 128 // itemsize
-    return [
-        Block(pixels, rows, columns), Block(pixels // 2, rows, columns, 8, 4), Block(
-            pixels, rows, columns, 4, 3
-        )
+    blocks = [
+        Block(pixels, rows, columns), Block(pixels // 2, rows, columns, 8, 4), Block(pixels, rows, columns, 4)
     ]  # fmt: skip
+    return blocks + [Block(pixels, 256, columns)] if itemsize == 2 and out >= 256 else blocks
 
 
 # ---- separable ----

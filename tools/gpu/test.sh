@@ -41,7 +41,7 @@ part() {
     status=$?  # 5: no test was this process's
     if [ $status != 0 ] && [ $status != 5 ]; then
       failed=1
-      grep -E "^(FAILED|ERROR|E  )|passed|failed|error" "$logs/$name.$i" | tail -15
+      grep -E "^(FAILED|ERROR|E  )|passed|failed|error|lost" "$logs/$name.$i" | tail -15
       echo "$logs/$name.$i: status $status"
     fi
   done
