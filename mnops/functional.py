@@ -1,6 +1,8 @@
 """Convolution + BatchNorm + activation as one differentiable function, with the arguments of F.batch_norm."""
 
-from collections.abc import Sequence
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +15,19 @@ _update_running = torch.ops.mnops.update_running.default
 torch.library.register_fake("mnops::update_running", lambda *args: None)
 
 
+@functools.cache
+def _triton() -> Callable | None:
+    """Triton's kernel, where there is Triton."""
+    if backends.why_absent("triton", "cuda"):
+        return None
+    return importlib.import_module("mnops.triton").update_running
+
+
 def _natively(running_mean, running_var, mean, count, momentum) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(running_mean) is type(running_var) is type(mean) is Tensor
-        and mean.device.type == "cpu"
+        and (mean.device.type == "cpu" or _on_gpu(mean))
         and running_mean.dtype is running_var.dtype is mean.dtype
         and running_mean.is_contiguous()
         and running_var.is_contiguous()
@@ -25,6 +35,16 @@ def _natively(running_mean, running_var, mean, count, momentum) -> bool:
         and type(momentum) is float
         and not backends.transformed()
         and not (running_mean.is_inference() or running_var.is_inference())
+    )
+
+
+def _on_gpu(mean: Tensor) -> bool:
+    reference = backends.BACKENDS["reference"].namespace
+    return (
+        mean.device.type == "cuda"
+        and mean.dtype is torch.float32
+        and backends.choose("norm_act", "cuda") != reference
+        and _triton() is not None
     )
 
 
@@ -39,7 +59,8 @@ def update_running(
     """running += momentum * (batch - running), in place; the batch's variance unbiased: var * n / (n - 1)."""
     if _natively(running_mean, running_var, mean, count, momentum):  # one call for five
         with torch._C._AutoDispatchBelowAutograd():
-            _update_running(running_mean, running_var, mean, var, momentum, count / (count - 1))
+            update = _update_running if mean.device.type == "cpu" else _triton()
+            update(running_mean, running_var, mean, var, momentum, count / (count - 1))
         increment_version((running_mean, running_var))
         return
     mean, var = mean.detach(), var.detach() * (count / (count - 1))

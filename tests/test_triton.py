@@ -144,6 +144,20 @@ def test_other_stream_and_beyond_2_31_elements():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_running_statistics_on_a_gpu():
+    from mnops.functional import update_running
+
+    given = [torch.rand(1500, device="cuda") for _ in range(4)]
+    found = {}
+    for name in ("triton", "reference"):
+        with mnops.backend(name):
+            found[name] = [t.clone() for t in given]
+            update_running(*found[name], 50, 0.1)
+            assert all(t._version == 1 for t in found[name][:2])
+    torch.testing.assert_close(found["triton"], found["reference"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_compiled_training_step():
     """Inductor runs the kernels that it sees, with the numbers of eager."""
     model = mnops.MobileNet(num_classes=5, width_mult=0.25).cuda()

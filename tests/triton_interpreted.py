@@ -225,6 +225,15 @@ def test_empty_batch_and_fp64_are_the_references():
     torch.testing.assert_close(y, F.conv2d(x, weight, padding=1, groups=8))
 
 
+def test_running_statistics():
+    from mnops.triton import update_running
+
+    running_mean, running_var, mean, var = vectors(1500, FP32, "cpu")
+    expected = running_mean.lerp(mean, 0.1), running_var.lerp(var * 1.25, 0.1)
+    update_running(running_mean, running_var, mean, var, 0.1, 1.25)
+    torch.testing.assert_close((running_mean, running_var), expected)
+
+
 @pytest.fixture
 def only_last_programs(monkeypatch):
     """Launches do their last programs only, in place, on a grid as if the device had room for all."""

@@ -22,6 +22,7 @@ from mnops.triton.pointwise_conv2d import pointwise_conv2d
 from mnops.triton.pointwise_conv2d_backward import pointwise_conv2d_backward
 from mnops.triton.separable_conv2d import separable_conv2d
 from mnops.triton.stem_conv2d import stem_conv2d, stem_conv2d_backward
+from mnops.triton.update_running import update_running
 
 __all__ = [
     "depthwise_conv2d",
@@ -36,4 +37,5 @@ __all__ = [
     "separable_conv2d",
     "stem_conv2d",
     "stem_conv2d_backward",
+    "update_running",
 ]
