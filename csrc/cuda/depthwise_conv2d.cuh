@@ -61,19 +61,28 @@ struct LanePosition {
   }
 };
 
-// Which of `count` columns, `step` apart from `first` on, are in [0, size): a bit each.
-template <int COUNT> __device__ __forceinline__ uint32_t columns_inside(int64_t first, int step, int64_t size) {
+// Which of COUNT columns, `step` apart from `first` on, are in [0, size): a bit each.
+template <int COUNT> __device__ __forceinline__ uint32_t columns_inside(int first, int step, int size) {
   uint32_t mask = 0;
 #pragma unroll
-  for (int j = 0; j < COUNT; j++) mask |= uint32_t(first + j * step >= 0 && first + j * step < size) << j;
-  return mask;
+  for (int j = 0; j < COUNT; j++) mask |= uint32_t(unsigned(first + j * step) < unsigned(size)) << j;
+  return opaque(mask);
 }
 
-// COUNT packs of a row that starts at `row`, `step` elements apart; zeros where the mask has none.
+// COUNT packs of a row that starts at `row`, `step` elements apart. Where the mask has none the old one stays.
 template <class S, int VEC, int COUNT>
-__device__ __forceinline__ void load_row(const S* row, int step, uint32_t mask, Bits<S, VEC> (&to)[COUNT]) {
+__device__ __forceinline__ void load_row(const S* row, unsigned step, uint32_t mask, Bits<S, VEC> (&to)[COUNT]) {
+  row = opaque(row);
 #pragma unroll
-  for (int j = 0; j < COUNT; j++) to[j] = mask >> j & 1 ? load_bits<S, VEC>(row + j * step) : Bits<S, VEC>{};
+  for (int j = 0; j < COUNT; j++)
+    if (mask >> j & 1) to[j] = load_bits<S, VEC>(row + j * step);
+}
+// Zeros there instead.
+template <class S, int VEC, int COUNT>
+__device__ __forceinline__ void load_row_padded(const S* row, unsigned step, uint32_t mask, Bits<S, VEC> (&to)[COUNT]) {
+#pragma unroll
+  for (int j = 0; j < COUNT; j++) to[j] = {};
+  load_row<S, VEC>(row, step, mask, to);
 }
 
 // rows, columns: of one phase (forward: pixels of y, backward: cells).
@@ -100,11 +109,12 @@ template <class Tile, class S> DepthwiseCut depthwise_cut(const DepthwiseShape& 
   return k;
 }
 
-// Whether a tuned kernel's indices fit: rows and columns are ints in it, and so is the way across a strip's 32 columns.
+// Whether a tuned kernel's indices fit: rows, columns and the elements of a row, with a strip's 32 columns, are ints in it.
 inline bool depthwise_fits(const DepthwiseShape& s) {
   const int64_t most = 1 << 24;
-  return s.h < most && s.w < most && s.ho < most && s.wo < most && s.pad_top < most && s.pad_left < most && s.dh < 4096 &&
-         s.dw < 4096 && (s.ho + s.h) * (s.wo + s.w) < int64_t(1) << 31 && s.dw * s.c < int64_t(1) << 26;
+  return s.h > 0 && s.w > 0 && s.h < most && s.w < most && s.ho < most && s.wo < most && s.pad_top < most && s.pad_left < most &&
+         s.dh < 4096 && s.dw < 4096 && (s.ho + s.h) * (s.wo + s.w) < int64_t(1) << 31 && s.c < int64_t(1) << 31 &&
+         (s.wo + s.w + s.pad_left + 32 * s.dw) * s.c < int64_t(1) << 31;
 }
 
 // Calls run(K, STRIDE), both constants, where there are tuned kernels of this size; it says whether they serve.

@@ -41,14 +41,15 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
     incoming.load(a.incoming, c0);
     const Bounds<T> bounds(a.norm.act);
     const int height = int(s.h), width = int(s.w), out_height = int(s.ho);
-    const int step = int(s.dw * s.c);
+    const int c = int(s.c), in_pitch = width * c, out_pitch = int(s.wo) * c;
+    const unsigned step = opaque(unsigned(s.dw * c));
 
     for (int64_t lane = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; lane < k.lanes; lane += int64_t(gridDim.y) * blockDim.y) {
       const LanePosition at(lane, k, s);
       const int first_row = k.first_row + at.band * k.band, first_column = k.first_column + at.strip * STRIP;
       const int out_h = at.phase_h + s.dh * first_row, out_w = at.phase_w + s.dw * (first_column - (OPEN - 1));
       const int in_h = STRIDE * out_h - s.pad_top, in_w = STRIDE * (out_w + s.dw * (OPEN - 1)) - s.pad_left;
-      const uint32_t out_mask = columns_inside<WINDOW>(out_w, s.dw, s.wo), in_mask = columns_inside<COLUMNS>(in_w, s.dw, width);
+      const uint32_t out_mask = columns_inside<WINDOW>(out_w, s.dw, int(s.wo)), in_mask = columns_inside<COLUMNS>(in_w, s.dw, width);
       int rows = (height - in_h + s.dh * STRIDE - 1) / (s.dh * STRIDE);
       rows = rows < k.band ? rows : k.band;
       if (rows <= 0 || !in_mask) continue;
@@ -58,18 +59,19 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
         const int h = in_h + s.dh * (STRIDE * i + e);
         return h >= 0 && h < height;
       };
-      // Addresses anew for every row: kept, they cost registers.
-      const auto out_at = [&](int i) { return ((at.n * s.ho + out_h + s.dh * i) * s.wo + out_w) * s.c + c0; };
-      const auto in_at = [&](int i, int e) { return ((at.n * s.h + in_h + s.dh * (STRIDE * i + e)) * s.w + in_w) * s.c + c0; };
-      Bits<S, VEC> raw_g[WINDOW], raw_y[WINDOW], raw_x[STRIDE][COLUMNS];
+      const int64_t out_image = at.n * s.ho * out_pitch + out_w * c + c0, in_image = at.n * s.h * in_pitch + in_w * c + c0;
+      const auto out_row = [&](int i) { return out_image + int64_t(out_h + s.dh * i) * out_pitch; };
+      const auto in_row = [&](int i, int e) { return in_image + int64_t(in_h + s.dh * (STRIDE * i + e)) * in_pitch; };
+      Bits<S, VEC> raw_g[WINDOW] = {}, raw_y[WINDOW] = {}, raw_x[STRIDE][COLUMNS] = {};
       const auto load_out = [&](int i) {
-        const uint32_t mask = out_inside(i) ? out_mask : 0u;
-        load_row<S, VEC>(a.g + out_at(i), step, mask, raw_g);
-        load_row<S, VEC>(a.y + (a.y ? out_at(i) : 0), step, a.y ? mask : 0u, raw_y);
+        if (!out_inside(i)) return;
+        load_row<S, VEC>(a.g + out_row(i), step, out_mask, raw_g);
+        if (a.y) load_row<S, VEC>(a.y + out_row(i), step, out_mask, raw_y);
       };
       const auto load_in = [&](int i) {
 #pragma unroll
-        for (int e = 0; e < STRIDE; e++) load_row<S, VEC>(a.x + in_at(i, e), step, in_inside(i, e) ? in_mask : 0u, raw_x[e]);
+        for (int e = 0; e < STRIDE; e++)
+          if (in_inside(i, e)) load_row<S, VEC>(a.x + in_row(i, e), step, in_mask, raw_x[e]);
       };
       T window[OPEN][WINDOW][VEC];  // row i of gy lies in window[(i + OPEN - 1) % OPEN]
       const auto take_out = [&](int i, T(&to)[WINDOW][VEC]) {
@@ -98,11 +100,12 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
 #pragma unroll
           for (int e = 0; e < STRIDE; e++)
 #pragma unroll
-            for (int j = 0; j < COLUMNS; j++) now_x[e][j] = raw_x[e][j];
+            for (int j = 0; j < COLUMNS; j++) now_x[e][j] = in_mask >> j & 1 ? raw_x[e][j] : Bits<S, VEC>{};
           if (i + 1 < rows) load_out(i + 1), load_in(i + 1);
 #pragma unroll
           for (int e = 0; e < STRIDE; e++) {
             if (!in_inside(i, e)) continue;
+            S* const dx_row = opaque(a.dx + in_row(i, e));
 #pragma unroll
             for (int j = 0; j < COLUMNS; j++) {
               const bool there = in_mask >> j & 1;
@@ -139,7 +142,7 @@ depthwise_conv2d_backward(DepthwiseBackward<S, T> a, DepthwiseCut k) {
                 dx[v] = gp * norm.scale[v];
               }
               narrow_pack(dx, pack);
-              if (there && a.dx) store_bits(a.dx + in_at(i, e) + j * step, pack);
+              if (there && a.dx) store_bits(dx_row + j * step, pack);
             }
           }
         }

@@ -38,14 +38,16 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
     norm.load(a.norm, c0);
     const Bounds<T> bounds(a.norm.act);
     const int height = int(s.h), width = int(s.w);
-    const int step = int(s.dw * s.c);
+    const int c = int(s.c);
+    const unsigned step = opaque(unsigned(s.dw * c));
+    const int64_t in_pitch = s.w * c, out_pitch = s.wo * c;
 
     for (int64_t lane = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; lane < k.lanes; lane += int64_t(gridDim.y) * blockDim.y) {
       const LanePosition at(lane, k, s);
       const int out_w = at.phase_w + s.dw * (at.strip * STRIP), out_h = at.phase_h + s.dh * (at.band * k.band);
       const int in_w = at.phase_w * STRIDE - s.pad_left + s.dw * (at.strip * STRIP * STRIDE);
       const int in_h = at.phase_h * STRIDE - s.pad_top + s.dh * (at.band * k.band * STRIDE + SEEN);
-      const uint32_t in_mask = columns_inside<COLUMNS>(in_w, s.dw, width), out_mask = columns_inside<STRIP>(out_w, s.dw, s.wo);
+      const uint32_t in_mask = columns_inside<COLUMNS>(in_w, s.dw, width), out_mask = columns_inside<STRIP>(out_w, s.dw, int(s.wo));
       int rows = (int(s.ho) - out_h + s.dh - 1) / s.dh;
       rows = rows < k.band ? rows : k.band;
       if (rows <= 0 || !out_mask) continue;
@@ -55,83 +57,81 @@ depthwise_conv2d_forward(DepthwiseForward<S, T> a, DepthwiseCut k) {
       const auto inside = [&](int i, int t) {
         return (i > 1 - OPEN || SEEN + t >= STRIDE * (OPEN - 1)) && row(i, t) >= 0 && row(i, t) < height;
       };
-      const auto load = [&](int i, int t, Bits<S, VEC>(&to)[COLUMNS]) {  // addresses anew: kept, they cost registers
-        load_row<S, VEC>(a.x + ((at.n * s.h + row(i, t)) * s.w + in_w) * s.c + c0, step, inside(i, t) ? in_mask : 0u, to);
+      const S* const x = opaque(a.x + at.n * height * in_pitch + in_w * c + c0);
+      S* const y = opaque(a.y + at.n * s.ho * out_pitch + out_w * c + c0);
+      const auto load = [&](int i, int t, Bits<S, VEC>(&to)[COLUMNS]) {
+        load_row_padded<S, VEC>(x + row(i, t) * in_pitch, step, inside(i, t) ? in_mask : 0u, to);
       };
-      T partial[OPEN][STRIP][VEC] = {};  // the last is not used
-      Bits<S, VEC> raw[NEW][COLUMNS];
+      T open[OPEN][STRIP][VEC] = {};  // of y's row i + r, open at step i, the sums lie in open[(turn + r) % OPEN]
+      Bits<S, VEC> raw[NEW][COLUMNS] = {};
 #pragma unroll
       for (int t = 0; t < NEW; t++) load(1 - OPEN, t, raw[t]);
-      for (int i = 1 - OPEN; i < rows; i++) {
-        Bits<S, VEC> now[NEW][COLUMNS];
+      for (int base = 1 - OPEN; base < rows; base += OPEN)
 #pragma unroll
-        for (int t = 0; t < NEW; t++) {
+        for (int turn = 0; turn < OPEN; turn++) {  // unrolled: the sums take turns without moving a register
+          const int i = base + turn;
+          if (i >= rows) break;
+          Bits<S, VEC> now[NEW][COLUMNS];
 #pragma unroll
-          for (int j = 0; j < COLUMNS; j++) now[t][j] = raw[t][j];
-          if (i + 1 < rows) load(i + 1, t, raw[t]);
-        }
-        T open[OPEN][STRIP][VEC];
+          for (int t = 0; t < NEW; t++) {
 #pragma unroll
-        for (int r = 0; r < OPEN; r++)
-#pragma unroll
-          for (int o = 0; o < STRIP; o++)
-#pragma unroll
-            for (int v = 0; v < VEC; v++) open[r][o][v] = r < OPEN - 1 ? partial[r][o][v] : T(0);
-#pragma unroll
-        for (int t = 0; t < NEW; t++) {
-          if (!inside(i, t)) continue;
-#pragma unroll
-          for (int j = 0; j < COLUMNS; j++) {
-            const bool there = in_mask >> j & 1;  // padding is 0 after the activation
-            const T low = there ? bounds.low : T(0), high = there ? bounds.high : T(0);
-            T z[VEC];
-            widen_bits<S>(now[t][j], z);
-#pragma unroll
-            for (int v = 0; v < VEC; v++) {
-              z[v] = norm.pre(z[v], v);
-              if (CLAMP) z[v] = clamp(z[v], low, high);
-              else z[v] = there ? activate(a.norm.act, z[v]) : T(0);
-            }
-#pragma unroll
-            for (int r = 0; r < OPEN; r++)
-#pragma unroll
-              for (int o = 0; o < STRIP; o++) {
-                const int y_tap = SEEN + t - STRIDE * r, x_tap = j - o * STRIDE;
-                if (y_tap >= 0 && x_tap >= 0 && x_tap < K)
-#pragma unroll
-                  for (int v = 0; v < VEC; v++) open[r][o][v] += z[v] * taps[y_tap * K + x_tap][v];
-              }
+            for (int j = 0; j < COLUMNS; j++) now[t][j] = raw[t][j];
+            if (i + 1 < rows) load(i + 1, t, raw[t]);
           }
-        }
-        if (i >= 0) {
-          S* out = a.y + ((at.n * s.ho + out_h + s.dh * i) * s.wo + out_w) * s.c + c0;
 #pragma unroll
-          for (int o = 0; o < STRIP; o++) {
-            Pack<S, VEC> pack;
-            narrow_pack(open[0][o], pack);
-            T stored[VEC];
-            widen_pack(pack, stored);
-            if (o == 0 && count == 0)
+          for (int t = 0; t < NEW; t++) {
+            if (!inside(i, t)) continue;
 #pragma unroll
-              for (int v = 0; v < VEC; v++) pivot[v] = stored[v];
-            if (out_mask >> o & 1) {
-              store_bits(out + o * step, pack);
-              count++;
+            for (int j = 0; j < COLUMNS; j++) {
+              const bool there = in_mask >> j & 1;  // padding is 0 after the activation
+              const T low = there ? bounds.low : T(0), high = there ? bounds.high : T(0);
+              T z[VEC];
+              widen_bits<S>(now[t][j], z);
 #pragma unroll
               for (int v = 0; v < VEC; v++) {
-                const T away = stored[v] - pivot[v];
-                sum1[v] += away, sum2[v] += away * away;
+                z[v] = norm.pre(z[v], v);
+                if (CLAMP) z[v] = clamp(z[v], low, high);
+                else z[v] = there ? activate(a.norm.act, z[v]) : T(0);
+              }
+#pragma unroll
+              for (int r = 0; r < OPEN; r++)
+#pragma unroll
+                for (int o = 0; o < STRIP; o++) {
+                  const int y_tap = SEEN + t - STRIDE * r, x_tap = j - o * STRIDE;
+                  if (y_tap >= 0 && x_tap >= 0 && x_tap < K)
+#pragma unroll
+                    for (int v = 0; v < VEC; v++) open[(turn + r) % OPEN][o][v] += z[v] * taps[y_tap * K + x_tap][v];
+                }
+            }
+          }
+          T(&sums)[STRIP][VEC] = open[turn];
+          if (i >= 0) {
+            S* const out = opaque(y + (out_h + s.dh * i) * out_pitch);
+#pragma unroll
+            for (int o = 0; o < STRIP; o++) {
+              Pack<S, VEC> pack;
+              narrow_pack(sums[o], pack);
+              T stored[VEC];
+              widen_pack(pack, stored);
+              if (o == 0 && count == 0)
+#pragma unroll
+                for (int v = 0; v < VEC; v++) pivot[v] = stored[v];
+              if (out_mask >> o & 1) {
+                store_bits(out + o * step, pack);
+                count++;
+#pragma unroll
+                for (int v = 0; v < VEC; v++) {
+                  const T away = stored[v] - pivot[v];
+                  sum1[v] += away, sum2[v] += away * away;
+                }
               }
             }
           }
-        }
-#pragma unroll
-        for (int r = 0; r < OPEN - 1; r++)
 #pragma unroll
           for (int o = 0; o < STRIP; o++)
 #pragma unroll
-            for (int v = 0; v < VEC; v++) partial[r][o][v] = open[r + 1][o][v];
-      }
+            for (int v = 0; v < VEC; v++) sums[o][v] = 0;
+        }
     }
   }
 

@@ -107,6 +107,21 @@ template <class S, class T, int VEC> __device__ __forceinline__ void widen_bits(
   widen_pack(pack, to);
 }
 
+// The same value, but the compiler no longer knows how it came about: it would compute it again at every use.
+__device__ __forceinline__ uint32_t opaque(uint32_t v) {
+#ifndef MNOPS_EMULATE_CUDA
+  asm("" : "+r"(v));
+#endif
+  return v;
+}
+template <class P> __device__ __forceinline__ P* opaque(P* global) {
+#ifndef MNOPS_EMULATE_CUDA
+  asm("" : "+l"(global));
+  __builtin_assume(__isGlobal(global));  // else loads would look for the kind of memory
+#endif
+  return global;
+}
+
 // ---- shared memory and copies into it ----
 
 // The dynamic shared memory of the block, 16-byte aligned; the launch says how much.
