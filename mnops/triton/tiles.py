@@ -4,6 +4,7 @@ Registers are those that `python -m mnops.triton.aot` shows. Without MNOPS_AUTOT
 (`tune.py`). A list depends on channels, kernel size, dtype and compute capability, never on the batch.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -44,6 +45,7 @@ def _block_c(channels: int) -> int:
     return 16 if cdiv(channels, 16) * 16 <= 7 / 8 * cdiv(channels, 32) * 32 else 32
 
 
+@functools.cache
 def depthwise(channels: int, kernel: int, stride: int, itemsize: int) -> list[Lanes]:
     """Strips of 4 pixels load 6 columns for 4 (3x3). A thread takes 4 bytes of a pixel, 16 to 32 neighbours
     load 64 to 128 bytes of it together: 56 to 128 registers, 16 to 36 warps resident (9.0). A 7x7 holds 49
@@ -58,6 +60,7 @@ def depthwise(channels: int, kernel: int, stride: int, itemsize: int) -> list[La
     return _distinct([first, Lanes(min(first.strip, 4), vector, block), Lanes(2, 2, block), Lanes(4, 1, block)])
 
 
+@functools.cache
 def depthwise_backward(channels: int, kernel: int, stride: int, itemsize: int) -> list[Lanes]:
     """With both gradients a thread holds the taps and their gradients, and the less else the larger they are.
 
@@ -99,6 +102,7 @@ WHOLE = 128  # up to so many channels a block holds all of them
 SMALL = 128 << 10  # bytes: less shared memory than this has 8.6, 8.9 and 12.0, whose 99 KiB are a limit
 
 
+@functools.cache
 def pointwise(channels: int, out: int, itemsize: int, gpu: Gpu) -> list[Block]:
     """Few channels: bound by memory; all of them in one step, so that the loads of the next pixels are under
     way while these are multiplied; in fp32 150 KB of shared memory. In half, up to 64 x 128, programs of 4 warps:
@@ -127,6 +131,7 @@ def pointwise(channels: int, out: int, itemsize: int, gpu: Gpu) -> list[Block]:
     return blocks + [Block(128, 256, depth), Block(64, 256, depth)] if out >= 256 else blocks
 
 
+@functools.cache
 def pointwise_backward(
     channels: int, out: int, itemsize: int, both: bool, gpu: Gpu
 ) -> list[Block | Both]:
@@ -186,6 +191,7 @@ class Pixels(NamedTuple):
     stages: int = 1
 
 
+@functools.cache
 def separable(channels: int, out: int, itemsize: int) -> list[Pixels]:
     """With 64 accumulators a thread and 16 channels at a time (32 bytes of bf16, a sector) 12 to 16 warps are
     resident, and the loads of some hide behind the products of others; with 64 outputs 32 channels do. One
