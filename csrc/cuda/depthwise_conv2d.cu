@@ -104,7 +104,7 @@ ConvGradResult backward(const Tensor& g, const MaybeTensor& g_mean, const MaybeT
       with_storage(dw, [&](auto kind) {
         using W = decltype(kind);
         const int64_t count = s.c * s.kh * s.kw;
-        launch(finish_matrix<T, W>, unsigned(ceil_div(count, 32)), finish_threads, 0, stream, a.taps, a.chunks, count,
+        launch(finish_matrix<T, W>, unsigned(ceil_div(count, 32)), matrix_threads, 0, stream, a.taps, a.chunks, count,
                static_cast<W*>(dw.mutable_data_ptr()));
       });
     if (grads.mean.numel() || grads.var.numel() || grads.gamma.numel() || grads.beta.numel())

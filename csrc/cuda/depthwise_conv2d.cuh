@@ -112,7 +112,7 @@ template <class Tile, class S> DepthwiseCut depthwise_cut(const DepthwiseShape& 
 // Whether a tuned kernel's indices fit: rows, columns and the elements of a row, with a strip's 32 columns, are ints in it.
 inline bool depthwise_fits(const DepthwiseShape& s) {
   const int64_t most = 1 << 24;
-  return s.h > 0 && s.w > 0 && s.h < most && s.w < most && s.ho < most && s.wo < most && s.pad_top < most && s.pad_left < most &&
+  return s.h < most && s.w < most && s.ho < most && s.wo < most && s.pad_top < most && s.pad_left < most &&
          s.dh < 4096 && s.dw < 4096 && (s.ho + s.h) * (s.wo + s.w) < int64_t(1) << 31 && s.c < int64_t(1) << 31 &&
          (s.wo + s.w + s.pad_left + 32 * s.dw) * s.c < int64_t(1) << 31;
 }

@@ -1,12 +1,13 @@
 // The second stage of every sum: blocks leave partial results in a workspace, these kernels add them, always in the same
-// order, in fp64. No atomics: the same bits at every run. A block of finish_threads works on one channel (or on 32
-// neighbouring elements of a matrix), so that a thousand partial results take some microseconds.
+// order, in fp64. No atomics: the same bits at every run. A block of finish_threads works on one channel, one of
+// matrix_threads on 32 neighbouring elements of a matrix, so that a thousand partial results take some microseconds.
 #pragma once
 #include "cuda/launch.cuh"
 
 namespace mnops::cuda {
 
 constexpr int finish_threads = 128;
+constexpr int matrix_threads = 1024;  // a matrix of 32 x 9 has 9 blocks: with 4 warps each, 3584 results would take 40 us
 
 // count, mean and sum of squared deviations of some values, merged by Chan's rule: no mean is too large for the variance.
 struct Moments {
@@ -67,16 +68,16 @@ finish_sums(const T* __restrict__ partial, int64_t chunks, int64_t c, NormPointe
 
 // partial is [chunks][count]; W is the weight's dtype. A block adds 32 neighbouring elements.
 template <class T, class W>
-__global__ void __launch_bounds__(finish_threads) finish_matrix(const T* __restrict__ partial, int64_t chunks, int64_t count, W* out) {
-  __shared__ double shared[finish_threads];
+__global__ void __launch_bounds__(matrix_threads) finish_matrix(const T* __restrict__ partial, int64_t chunks, int64_t count, W* out) {
+  __shared__ double shared[matrix_threads];
   const int64_t i = int64_t(blockIdx.x) * 32 + threadIdx.x % 32;
   double sum = 0;
   if (i < count)
-    for (int64_t k = threadIdx.x / 32; k < chunks; k += finish_threads / 32) sum += double(partial[k * count + i]);
+    for (int64_t k = threadIdx.x / 32; k < chunks; k += matrix_threads / 32) sum += double(partial[k * count + i]);
   shared[threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.x >= 32 || i >= count) return;
-  for (int part = 1; part < finish_threads / 32; part++) sum += shared[part * 32 + threadIdx.x];
+  for (int part = 1; part < matrix_threads / 32; part++) sum += shared[part * 32 + threadIdx.x];
   narrow(typename Accumulator<W>::type(sum), out[i]);
 }
 

@@ -117,7 +117,7 @@ ConvGradResult backward(const Tensor& g, const MaybeTensor& g_mean, const MaybeT
       stem_backward_weight<S, T>(a, prepare(dw.numel()), stream);
       with_storage(dw, [&](auto kind) {
         using W = decltype(kind);
-        launch(finish_matrix<T, W>, unsigned(ceil_div(dw.numel(), 32)), finish_threads, 0, stream, a.partial, a.chunks, dw.numel(),
+        launch(finish_matrix<T, W>, unsigned(ceil_div(dw.numel(), 32)), matrix_threads, 0, stream, a.partial, a.chunks, dw.numel(),
                static_cast<W*>(dw.mutable_data_ptr()));
       });
     }
