@@ -18,7 +18,11 @@ from mnops.triton.launch import cdiv, launch
 
 BLOCK_C = 8
 MOST_ROWS = 512  # with 8 channels 16 values a thread of 8 warps, three of them for statistics
-BLOCK = 1024  # elements of a weight gradient
+BLOCK = 1024  # elements of a program that only copies
+# A weight gradient is summed over as many splits at once as are 16 values a thread: one after the other each would be
+# waited for, 264 of them at 32 x 64. Below LARGE elements 32 are a program's, so that there are programs enough.
+AT_ONCE = 4096
+LARGE = 1 << 14
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -104,7 +108,8 @@ def finish_matrix_kernel(
     var, gamma, dmean, dvar, dgamma, dbeta,  # (C,)
     eps, splits, size, groups, C,
     MATRIX: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr,  # elements of a program, and splits that it reads at once
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The first programs sum the weight gradient over its splits, the last ones finish the vectors."""
     matrix = 0
@@ -112,13 +117,8 @@ def finish_matrix_kernel(
         matrix = tl.cdiv(size, BLOCK)
     if tl.program_id(0) < matrix:
         if MATRIX:
-            i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            total = tl.zeros([BLOCK], tl.float32)
-            at = partial + i
-            for _ in range(splits):
-                total += tl.load(at, mask=i < size, other=0.0)
-                at += size
-            tl.store(dweight + i, total, mask=i < size)
+            i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+            tl.store(dweight + i, sum_rows(partial + i, splits, size, i < size, SPLITS, BLOCK), mask=i < size)
     elif NORM:
         c = (tl.program_id(0) - matrix) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
         sum1 = sum_rows(sums + c, groups, C, c < C, ROWS, BLOCK_C)
@@ -163,13 +163,15 @@ def finish_matrix(
     grads = vector_grads(like, norm, channels, sums is not None)
     splits, size = (1, 1) if partial is None else (partial.shape[0], dweight.numel())
     groups = 1 if sums is None else sums.shape[1]
-    programs = cdiv(size, BLOCK) * (partial is not None) + cdiv(channels, BLOCK_C) * (sums is not None)
+    block = 32 if size < LARGE else 128
+    programs = cdiv(size, block) * (partial is not None) + cdiv(channels, BLOCK_C) * (sums is not None)
     if programs:
         arguments = _finished(norm, grads) | dict(NORM=sums is not None)
         launch(
             finish_matrix_kernel, (programs,), warps=8, partial=partial, dweight=dweight, sums=sums, eps=eps,
-            splits=splits, size=size, groups=groups, C=channels, MATRIX=partial is not None, BLOCK=BLOCK,
-            ROWS=_rows(groups), BLOCK_C=BLOCK_C, **arguments,
+            splits=splits, size=size, groups=groups, C=channels, MATRIX=partial is not None, BLOCK=block,
+            SPLITS=min(AT_ONCE // block, triton.next_power_of_2(splits)), ROWS=_rows(groups), BLOCK_C=BLOCK_C,
+            **arguments,
         )  # fmt: skip
     return grads
 

@@ -51,9 +51,9 @@ from mnops.triton.launch import (
 
 MOST_TAPS = 256  # K * K * C of one block; 7x7 on RGB has 147
 BLOCK_P = 128  # pixels: with 32 taps and 32 outputs 16 to 32 values a thread
-# Persistent ones, a multiprocessor: they keep the weights, or their gradient, in registers. A multiple of those
-# that are resident: 2 or 3 forward, 6 of the gradient (9.0).
-PROGRAMS = 6
+# Persistent ones, a multiprocessor: they keep the weights, or their gradient, in registers. A multiple of those that
+# are resident (9.0): 2, 3 or 4 forward, by dtype and Triton; 6 of the gradient.
+PROGRAMS = {"forward": 12, "gradient": 6}
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def stem_conv2d(
     if not _serves(x, weight, count):
         return composed.forward(*args, (1, 1), measure)
     blocks = cdiv(out, _block_o(out))
-    groups = min(cdiv(count, BLOCK_P), cdiv(PROGRAMS * multiprocessors(x.device), blocks))
+    groups = min(cdiv(count, BLOCK_P), cdiv(PROGRAMS["forward"] * multiprocessors(x.device), blocks))
     y = empty_nhwc(x, (n, out, out_h, out_w))
     stats = x.new_empty((3, groups, out) if measure else 0, dtype=torch.float32)
     launch(
@@ -208,7 +208,7 @@ def stem_conv2d_backward(
     if need_weight:
         norm = norm_arguments(mean, var, gamma, beta)
         blocks = cdiv(out, _block_o(out))
-        groups = min(cdiv(count, BLOCK_P), cdiv(PROGRAMS * multiprocessors(x.device), blocks))
+        groups = min(cdiv(count, BLOCK_P), cdiv(PROGRAMS["gradient"] * multiprocessors(x.device), blocks))
         partial = x.new_empty((groups, weight.numel()), dtype=torch.float32)
         launch(
             stem_wgrad_kernel, (groups * blocks,), x=nhwc(x), partial=partial, P=count, H=height, W=width,
