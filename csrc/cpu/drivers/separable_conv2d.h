@@ -27,7 +27,7 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
   auto pixels = [&](int64_t i, int64_t chunks) { return std::min(m, rows * i / chunks * kernels.mr); };
   // Packing a matrix takes as long as multiplying some 8 pixels with it, and reading what another core packed longer: each
   // thread packs its own. Where its pixels are few against the weights, the threads share the panels instead.
-  if (few_pixels(m * 2 / count, s.c) && panels >= count) {
+  if (few_pixels(m * 4 / count, s.c) && panels >= count) {
     q.mc = rows * kernels.mr;
     void* const z = scratch<Scratch::packed>(q.mc * padded(s.c) * sizeof(T));
     const size_t bytes = kernels.separable_scratch(p);
@@ -41,7 +41,14 @@ void separable_conv2d(const Kernels<T>& kernels, const Threads& threads, const D
     });
     return;
   }
-  const int64_t most = block_of_pixels<T>(192 * 1024, s.c, m, kernels.mr);
+  const int64_t most = block_of_pixels<T>(192 * 1024, s.c, m, kernels.mr), each = ceil_div(rows, count) * kernels.mr;
+  if (each * s.c * int64_t(sizeof(T)) <= 256 * 1024) {  // one block each: the packed weights need not be kept
+    q.mc = each;
+    threads.run(count, [&](int t) {
+      kernels.separable_forward(p, pixels(t, count), pixels(t + 1, count), scratch(kernels.separable_scratch(p)));
+    });
+    return;
+  }
   const int64_t chunks = std::clamp<int64_t>(m / most / count * count, count, most_chunks);
   const int64_t chunk = ceil_div(rows, chunks) * kernels.mr;  // cut into equal blocks
   q.mc = ceil_div(ceil_div(chunk, ceil_div(chunk, most)), kernels.mr) * kernels.mr;

@@ -193,6 +193,40 @@ template <class V, int U> struct NormBackward {
   }
 };
 
+// Rows that are soon touched for the first time, fetched from memory into L2 while others are computed: a few lines at each
+// step, in the order of their addresses. Many at once would fill the core's line buffers and hold it up.
+template <class S> struct Ahead {
+  static constexpr int64_t line = 64 / int64_t(sizeof(S));
+  struct Row {
+    const S* at;
+    int64_t stride, runs, lines;  // runs of `lines` lines, `stride` apart
+  } rows[4] = {};
+  int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0, at = 0;
+
+  void add(const S* first, int64_t pixels, int64_t channels, int64_t stride) {
+    const bool whole = channels == stride;
+    const Row r{first, stride, whole ? 1 : pixels, ((whole ? pixels : 1) * channels + line - 1) / line};
+    rows[count++] = r, total += r.runs * r.lines;
+  }
+  void start(int64_t steps) { per_step = (total + steps - 1) / most(1, steps); }
+  MNOPS_INLINE void step() {
+    for (int64_t left = per_step; left > 0 && row < count;) {
+      const Row& r = rows[row];
+      const S* const from = r.at + run * r.stride + at * line;
+      const int64_t n = least(left, r.lines - at);
+      for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + i * line, 0, 2);
+      left -= n, at += n;
+      if (at < r.lines) continue;
+      at = 0;
+      if (++run == r.runs) run = 0, row++;
+    }
+  }
+};
+
+struct NothingAhead {
+  void step() {}
+};
+
 // A bump allocator over a thread's scratch memory, cache-line aligned. With base null it only counts.
 struct Arena {
   char* base;

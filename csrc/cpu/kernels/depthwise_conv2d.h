@@ -87,36 +87,6 @@ MNOPS_INLINE void convolve_tile(const T* const* row, int64_t at, int64_t ps, con
   for (int t = 0; t < TX; t++) put(acc[t], t);
 }
 
-// Rows that are soon touched for the first time, fetched from memory while this one is computed: a few lines every four tiles,
-// in the order of their addresses, which lets the hardware run ahead too.
-template <class S> struct Ahead {
-  static constexpr int64_t line = 64 / int64_t(sizeof(S));
-  struct Row {
-    const S* at;
-    int64_t stride, runs, lines;  // runs of `lines` lines, `stride` apart
-  } rows[4] = {};
-  int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0, at = 0;
-
-  void add(const S* first, int64_t pixels, int64_t channels, int64_t stride) {
-    const bool whole = channels == stride;
-    const Row r{first, stride, whole ? 1 : pixels, ((whole ? pixels : 1) * channels + line - 1) / line};
-    rows[count++] = r, total += r.runs * r.lines;
-  }
-  void start(int64_t steps) { per_step = (total + steps - 1) / most(1, steps); }
-  MNOPS_INLINE void step() {
-    for (int64_t left = per_step; left > 0 && row < count;) {
-      const Row& r = rows[row];
-      const S* const from = r.at + run * r.stride + at * line;
-      const int64_t n = least(left, r.lines - at);
-      for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + i * line, 0, 2);
-      left -= n, at += n;
-      if (at < r.lines) continue;
-      at = 0;
-      if (++run == r.runs) run = 0, row++;
-    }
-  }
-};
-
 template <class V, class S, int K, int SW, class T>
 void convolve_row(const Depthwise<T>& p, const Item& it, const T* const* row, int64_t ps, T* out, Ahead<S>& ahead) {
   constexpr int TX = Tile::tx;

@@ -27,10 +27,10 @@ template <class V> struct Shape {
 template <class P> constexpr int kr = sizeof(P) == 2 ? 4 : 1;
 
 // put(r, v, sum over panels, then k, of A(r, k) B[k][v]); A(r, k) = a[r * rs + k * ks] inside a panel of panel_k. RS and KS
-// are those strides where they are known, else 0.
-template <class V, int MR, int RS, int KS, class Put>
-MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int64_t k, int64_t panel_k,
-                               const typename V::T* b, Put put, int64_t rs = RS, int64_t ks = KS) {
+// are those strides where they are known, else 0. `ahead` makes a step at each panel.
+template <class V, int MR, int RS, int KS, class Put, class Ahead>
+MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int64_t k, int64_t panel_k, const typename V::T* b,
+                               Put put, Ahead&& ahead, int64_t rs = RS, int64_t ks = KS) {
   constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
   V acc[MR][NV];
 #pragma GCC unroll 16
@@ -40,7 +40,8 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
   // Where an FMA can take one element of a vector, a load of A serves several steps of k (of a whole panel), or several
   // rows: 0.25 loads an FMA for 8 x 2 vectors, instead of 0.63.
   if constexpr (Tile::by_element && KS == 1 && RS == NR)
-    for (; k >= NR; k -= NR, a += panel_stride)
+    for (; k >= NR; k -= NR, a += panel_stride) {
+      ahead.step();
 #pragma GCC unroll 4
       for (int kk = 0; kk < NR; kk += V::N) {
         V av[MR];
@@ -55,9 +56,11 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
             for (int r = 0; r < MR; r++) acc[r][v] = fma_element(av[r], i, bv, acc[r][v]);
           }
       }
+    }
   for (; k > 0; k -= panel_k, a += panel_stride) {
     const int64_t steps = least(k, panel_k);
     const typename V::T* ak = a;
+    ahead.step();
 #pragma GCC unroll 4
     for (int64_t kk = 0; kk < steps; kk++, ak += KS ? KS : ks, b += NR) {
       V bv[NV];
@@ -85,8 +88,8 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
 }
 
 // The same of bf16, four steps of k at a time. Where they run down the rows of A's panel (KS > 1), B is such a panel too.
-template <class V, int MR, int RS, int KS, class Put>
-MNOPS_INLINE void micro_kernel(const bf16* a, int64_t panel_stride, int64_t k, int64_t, const bf16* b, Put put) {
+template <class V, int MR, int RS, int KS, class Put, class Ahead>
+MNOPS_INLINE void micro_kernel(const bf16* a, int64_t panel_stride, int64_t k, int64_t, const bf16* b, Put put, Ahead&& ahead) {
   constexpr int NR = Shape<V>::nr;
   static_assert(MR == 8 && NR == 8, "four factors of two rows each");
   using F = typename V::Factor;
@@ -115,6 +118,7 @@ MNOPS_INLINE void micro_kernel(const bf16* a, int64_t panel_stride, int64_t k, i
       multiply(av, bv);
     };
     for (; k > 0; k -= NR, a += panel_stride, b += NR * NR) {
+      ahead.step();
       F left[MR / 2], right[MR / 2];
 #pragma GCC unroll 4
       for (int r = 0; r < MR / 2; r++) F::load_rows(a + 2 * r * RS, left[r], right[r]);
@@ -133,12 +137,19 @@ MNOPS_INLINE void micro_kernel(const bf16* a, int64_t panel_stride, int64_t k, i
     }
 }
 
-// Block product: tile[rows][nr] = panels of A times one packed panel of B, `rows` rounded up to mr.
-template <class V, class P>
-void multiply_block(const P* a, int64_t mc, int64_t rows, int64_t k, const P* b, typename V::T* tile) {
+// Steps of `ahead` in the product of `rows` rows, k long, with `panels` panels of weights.
+template <class V> MNOPS_INLINE int64_t product_steps(int64_t rows, int64_t k, int64_t panels) {
+  return (rows + Shape<V>::mr - 1) / Shape<V>::mr * ((k + Shape<V>::nr - 1) / Shape<V>::nr) * panels;
+}
+
+// Block product: tile[rows][nr] = panels of A times one packed panel of B, `rows` rounded up to mr. `ahead` is fetched
+// meanwhile.
+template <class V, class P, class Ahead>
+void multiply_block(const P* a, int64_t mc, int64_t rows, int64_t k, const P* b, typename V::T* tile, Ahead&& ahead) {
   constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
   for (int64_t r = 0; r < rows; r += MR)
-    micro_kernel<V, MR, NR, 1>(a + r * NR, mc * NR, k, NR, b, [&](int i, int v, V c) { c.store(tile + (r + i) * NR + v * V::N); });
+    micro_kernel<V, MR, NR, 1>(
+        a + r * NR, mc * NR, k, NR, b, [&](int i, int v, V c) { c.store(tile + (r + i) * NR + v * V::N); }, ahead);
 }
 
 // Weight gradient of one panel pair: gw[o0 .. o0 + nr)[nr] += sum over rows of gy panel^T z panel; `first`: = that.
@@ -147,10 +158,11 @@ template <class V, int left, class P>
 MNOPS_INLINE void multiply_transposed(const P* gy, const P* z, int64_t rows, bool first, typename V::T* gw) {
   constexpr int NR = Shape<V>::nr, tiles = (left + Shape<V>::mr - 1) / Shape<V>::mr, MR = (left + tiles - 1) / tiles;
   for (int r = 0; r < MR; r++) prefetch_to_write(gw + r * NR);
-  micro_kernel<V, MR, 1, NR>(gy, 0, rows, rows, z, [&](int r, int v, V c) {
+  auto put = [&](int r, int v, V c) {
     typename V::T* to = gw + r * NR + v * V::N;
     (first ? c : V::load(to) + c).store(to);
-  });
+  };
+  micro_kernel<V, MR, 1, NR>(gy, 0, rows, rows, z, put, NothingAhead{});
   if constexpr (left > MR) multiply_transposed<V, left - MR>(gy + MR, z, rows, first, gw + MR * NR);
 }
 
@@ -208,14 +220,6 @@ template <class P, class T> void pack_rows(const T* w, int64_t o, int64_t k, int
       }
     }
   }
-}
-
-// Fetches one of `parts` parts of an array into L2: spread over the products of one block, so that the next block is
-// there when its packing starts.
-template <class S> MNOPS_INLINE void fetch_part(const S* array, int64_t count, int64_t part, int64_t parts) {
-  const char* from = reinterpret_cast<const char*>(array);
-  const int64_t bytes = count * int64_t(sizeof(S));
-  for (int64_t i = bytes * part / parts & ~63; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Pixels [m0, m0 + rows) of z, panels [panel_begin, panel_end) of its channels.
@@ -295,10 +299,12 @@ void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
     const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
     pack_pixels<V, S>(p, m0, rows, 0, (p.k + NR - 1) / NR, z);
+    Ahead<S> ahead{};
+    ahead.add(x + next * p.k, next_rows, p.k, p.k);
+    ahead.start(product_steps<V>(rows, p.k, panel_end - panel_begin));
     for (int64_t j = panel_begin; j < panel_end; j++) {
-      if (next < end) fetch_part(x + next * p.k, next_rows * p.k, j - panel_begin, panel_end - panel_begin);
       if (own) pack_columns<P>(p.weight, p.o, p.k, j, j + 1, own);
-      multiply_block<V>(z, p.mc, rows, p.k, own ? own : packed + j * panel_size<P, T>(p.k), tile);
+      multiply_block<V>(z, p.mc, rows, p.k, own ? own : packed + j * panel_size<P, T>(p.k), tile, ahead);
       store_panel<V, S>(p, m0, rows, j * NR, tile, moments);
     }
   }
@@ -380,19 +386,18 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
   const P* packed = static_cast<const P*>(p.packed);
   const S* g = static_cast<const S*>(p.incoming.g);
   const S* y = static_cast<const S*>(p.incoming.y);
-  const int64_t panels = panel_end - panel_begin;
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
     const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
+    Ahead<S> ahead{};
+    ahead.add(g + next * p.o, next_rows, p.o, p.o);
+    if (y) ahead.add(y + next * p.o, next_rows, p.o, p.o);
+    ahead.start(product_steps<V>(rows, p.o, panel_end - panel_begin));
     pack_incoming<V, S>(p, m0, rows, gy);
     if (p.need_weight) pack_pixels<V, S>(p, m0, rows, panel_begin, panel_end, z);
     if (p.out)
       for (int64_t j = panel_begin; j < panel_end; j++) {
-        if (next < end) {
-          fetch_part(g + next * p.o, next_rows * p.o, j - panel_begin, panels);
-          if (y) fetch_part(y + next * p.o, next_rows * p.o, j - panel_begin, panels);
-        }
         if (own) pack_rows<P>(p.weight, p.o, p.k, j, j + 1, own);
-        multiply_block<V>(gy, p.mc, rows, p.o, own ? own : packed + j * panel_size<P, T>(p.o), tile);
+        multiply_block<V>(gy, p.mc, rows, p.o, own ? own : packed + j * panel_size<P, T>(p.o), tile, ahead);
         with_act(p.norm.act, [&](auto act) { finish_panel<act.value, V, S>(p, m0, rows, j * NR, tile, sums); });
       }
     if (p.need_weight) weight_gradient<V>(p, rows, gy, z, panel_begin, panel_end, m0 == begin, gw);

@@ -51,12 +51,13 @@ void convolve_to_panels(const Separable<T>& p, const T* const* row, int64_t begi
 
 template <class P, class T> struct SeparableScratch {
   Ring<T> lines;
-  P* z;                // panels of one block; not where all threads share them
+  P *z, *panel;        // of one block; of weights, where they are packed as they are used
   static SeparableScratch make(Arena& a, const Separable<T>& p) {
     const Depthwise<T>& d = p.depthwise;
     const int64_t columns = most(d.w + d.pad_left, (d.wo - 1) * d.sw + (d.kw - 1) * d.dw + 1);
     const Ring<T> lines = Ring<T>::make(a, (d.kh - 1) * d.dh + 1, columns * line_stride(d.c), d.n * d.h);
-    return {lines, p.pointwise.packed ? a.take<P>(round_up(d.c, Shape<typename Vec<T>::type>::nr) * p.pointwise.mc) : nullptr};
+    P* const z = a.take<P>(round_up(d.c, Shape<typename Vec<T>::type>::nr) * p.pointwise.mc);
+    return {lines, z, p.pointwise.packed ? nullptr : a.take<P>(panel_size<P, T>(d.c))};
   }
 };
 
@@ -115,30 +116,42 @@ void depthwise_to_panels(const Separable<T>& p, const Ring<T>& lines, int64_t be
 
 // One tile of y, stored from registers: `count` pixels and `lanes` channels of it. Not inlined: g++ then has all the
 // registers for the product.
-template <class V, class S, Lanes how, class P>
+template <class V, class S, Lanes how, class P, class A>
 __attribute__((noinline)) void multiply_tile(const P* z, int64_t panel_stride, int64_t k, const P* packed, S* y, int64_t stride,
-                                             int64_t count, int64_t lanes) {
+                                             int64_t count, int64_t lanes, Ahead<A>& ahead) {
   constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
-  micro_kernel<V, MR, NR, 1>(z, panel_stride, k, NR, packed, [&](int r, int v, V c) {
+  auto put = [&](int r, int v, V c) {
     if (r < count) store_lanes<how>(c, y + r * stride + v * V::N, lanes - v * V::N);
-  });
+  };
+  micro_kernel<V, MR, NR, 1>(z, panel_stride, k, NR, packed, put, ahead);
 }
 
-// One panel of y: rows [0, count) of the panels z, which have `rows` rows, are pixels m0 and on. `ahead` is fetched
-// meanwhile.
+// One panel of y: rows [0, count) of the panels z are pixels m0 and on. `ahead` is fetched meanwhile.
 template <class S, class P, class T, class A>
-void multiply_to_output(const Pointwise<T>& p, const P* z, int64_t rows, int64_t m0, int64_t count, int64_t panel, const P* packed,
-                        const A* ahead, int64_t ahead_size) {
+void multiply_to_output(const Pointwise<T>& p, const P* z, int64_t m0, int64_t count, int64_t panel, const P* packed,
+                        Ahead<A>& ahead) {
   using V = typename Vec<T>::type;
   constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
   const int64_t lanes = least(NR, p.o - panel * NR);
   S* const y = static_cast<S*>(p.out) + m0 * p.o + panel * NR;
   with_stores<V>(lanes == NR, p.stream, y, p.o, [&](auto how) {
-    for (int64_t r = 0; r < count; r += MR) {
-      fetch_part(ahead, ahead_size, r / MR, (count + MR - 1) / MR);
-      multiply_tile<V, S, how.value>(z + r * NR, rows * NR, p.k, packed, y + r * p.o, p.o, count - r, lanes);
-    }
+    for (int64_t r = 0; r < count; r += MR)
+      multiply_tile<V, S, how.value>(z + r * NR, p.mc * NR, p.k, packed, y + r * p.o, p.o, count - r, lanes, ahead);
   });
+}
+
+// Panels [first, last) of y, each packed just before it is used.
+template <class S, class P, class T>
+void multiply_packing(const Pointwise<T>& p, const P* z, int64_t m0, int64_t count, int64_t first, int64_t last, P* packed) {
+  using V = typename Vec<T>::type;
+  constexpr int NR = Shape<V>::nr;
+  for (int64_t j = first; j < last; j++) {
+    pack_columns<P>(p.weight, p.o, p.k, j, j + 1, packed);
+    Ahead<T> weights{};
+    if (j + 1 < last) weights.add(p.weight + (j + 1) * NR * p.k, least(NR, p.o - (j + 1) * NR), p.k, p.k);
+    weights.start(product_steps<V>(count, p.k, 1));
+    multiply_to_output<S>(p, z, m0, count, j, packed, weights);
+  }
 }
 
 // Rows of x, of all images, that the pixels before m of the stream read.
@@ -147,25 +160,28 @@ template <class T> MNOPS_INLINE int64_t rows_read(const Depthwise<T>& d, int64_t
   return n * d.h + most(0, least(d.h, oy * d.sh - d.pad_top + (d.kh - 1) * d.dh + 1));
 }
 
-// Pixels [begin, end), all channels of y, from weights packed beforehand.
+// Pixels [begin, end), all channels of y, from weights packed beforehand or, where the pixels are one block, as they go.
 template <class S, class P, class T = typename Arithmetic<S>::type>
 void separable_forward(const Separable<T>& p, int64_t begin, int64_t end, char* scratch) {
   Arena arena{scratch};
   const auto s = SeparableScratch<P, T>::make(arena, p);
   const Pointwise<T>& q = p.pointwise;
-  constexpr int NR = Shape<typename Vec<T>::type>::nr;
-  const int64_t panels = (q.o + NR - 1) / NR, row = p.depthwise.w * q.k;
+  using V = typename Vec<T>::type;
+  const int64_t panels = (q.o + Shape<V>::nr - 1) / Shape<V>::nr, row = p.depthwise.w * q.k;
   start(p, s.lines);
   for (int64_t m0 = begin; m0 < end; m0 += q.mc) {
     const int64_t count = least(q.mc, end - m0), next = m0 + count;
     depthwise_to_panels<S>(p, s.lines, m0, next, s.z, q.mc, 0);
-    const int64_t read = rows_read(p.depthwise, next), ahead = (rows_read(p.depthwise, least(end, next + q.mc)) - read) * row;
-    const S* const x = static_cast<const S*>(p.depthwise.x) + read * row;
-    for (int64_t j = 0; j < panels; j++) {
-      const int64_t first = ahead * j / panels;
-      multiply_to_output<S>(q, s.z, q.mc, m0, count, j, static_cast<const P*>(q.packed) + j * panel_size<P, T>(q.k), x + first,
-                            ahead * (j + 1) / panels - first);
+    if (!q.packed) {
+      multiply_packing<S>(q, s.z, m0, count, 0, panels, s.panel);
+      continue;
     }
+    const int64_t read = rows_read(p.depthwise, next);
+    Ahead<S> ahead{};
+    ahead.add(static_cast<const S*>(p.depthwise.x) + read * row, rows_read(p.depthwise, least(end, next + q.mc)) - read, row, row);
+    ahead.start(product_steps<V>(count, q.k, panels));
+    for (int64_t j = 0; j < panels; j++)
+      multiply_to_output<S>(q, s.z, m0, count, j, static_cast<const P*>(q.packed) + j * panel_size<P, T>(q.k), ahead);
   }
   finish_streams();
 }
@@ -179,17 +195,10 @@ void separable_depthwise(const Separable<T>& p, int64_t begin, int64_t end, void
   depthwise_to_panels<S>(p, s.lines, begin, end, static_cast<P*>(z), p.pointwise.mc, begin);
 }
 
-// then panels [first, last) of y for all pixels; each panel of weights is packed just before it is used, by who uses it.
+// then panels [first, last) of y for all pixels.
 template <class S, class P, class T = typename Arithmetic<S>::type>
 void separable_pointwise(const Separable<T>& p, const void* z, int64_t first, int64_t last, void* packed) {
-  constexpr int NR = Shape<typename Vec<T>::type>::nr;
-  const Pointwise<T>& q = p.pointwise;
-  for (int64_t j = first; j < last; j++) {
-    pack_columns<P>(q.weight, q.o, q.k, j, j + 1, packed);
-    const T* const next = q.weight + (j + 1) * NR * q.k;
-    multiply_to_output<S>(q, static_cast<const P*>(z), q.mc, 0, q.m, j, static_cast<const P*>(packed), next,
-                          j + 1 < last ? least(NR, q.o - (j + 1) * NR) * q.k : 0);
-  }
+  multiply_packing<S>(p.pointwise, static_cast<const P*>(z), 0, p.pointwise.m, first, last, static_cast<P*>(packed));
   finish_streams();
 }
 

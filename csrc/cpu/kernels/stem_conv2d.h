@@ -72,7 +72,7 @@ void stem_forward(const Pointwise<T>& p, const Window& w, int64_t begin, int64_t
   auto multiply = [&](auto known_step, const T* packed) {
     for (int64_t x = 0; x < w.wo; x += MR)
       micro_kernel<V, MR, known_step.value, 1>(s.lines + x * step, s.line, p.k, w.kw * w.c, packed,
-                                               [&](int r, int v, V c) { c.store(s.tile + (x + r) * NR + v * V::N); }, step);
+                                               [&](int r, int v, V c) { c.store(s.tile + (x + r) * NR + v * V::N); }, NothingAhead{}, step);
   };
   for (int64_t row = begin; row < end; row++) {
     fill_lines<V, S>(p, w, row, s);
@@ -108,7 +108,7 @@ void stem_weight_gradient(const Pointwise<T>& p, const Window& w, const StemScra
                                             [&](int r, int v, V c) {
                                               T* const sum = to + r * NR + v * V::N;
                                               (V::load(sum) + c).store(sum);
-                                            }, 1, w.sw * w.c);
+                                            }, NothingAhead{}, 1, w.sw * w.c);
         });
       }
 }
@@ -117,7 +117,7 @@ void stem_weight_gradient(const Pointwise<T>& p, const Window& w, const StemScra
 template <class V, class T> void scatter_row(const Pointwise<T>& p, const Window& w, int64_t oy, const StemScratch<T>& s) {
   constexpr int NR = Shape<V>::nr;
   for (int64_t j = 0; j * NR < p.k; j++) {
-    multiply_block<V>(s.gy, p.mc, w.wo, p.o, static_cast<const T*>(p.packed) + j * p.o * NR, s.tile);
+    multiply_block<V>(s.gy, p.mc, w.wo, p.o, static_cast<const T*>(p.packed) + j * p.o * NR, s.tile, NothingAhead{});
     for (int64_t x = 0; x < w.wo; x++)
       for (int64_t i = 0; i < least(NR, p.k - j * NR); i++) {
         const int64_t k = j * NR + i, c = k % w.c, kx = k / w.c % w.kw, ky = k / w.c / w.kw;
