@@ -391,6 +391,7 @@ void pointwise_backward(const Pointwise<T>& p, int64_t begin, int64_t end, int64
     Ahead<S> ahead{};
     ahead.add(g + next * p.o, next_rows, p.o, p.o);
     if (y) ahead.add(y + next * p.o, next_rows, p.o, p.o);
+    ahead.add(static_cast<const S*>(p.x) + next * p.k, next_rows, p.k, p.k);
     ahead.start(product_steps<V>(rows, p.o, panel_end - panel_begin));
     pack_incoming<V, S>(p, m0, rows, gy);
     if (p.need_weight) pack_pixels<V, S>(p, m0, rows, panel_begin, panel_end, z);
