@@ -122,25 +122,67 @@ template <class S, class V> MNOPS_INLINE V rounded(V v) {
   return V::load(stored);
 }
 
+// Rows that are soon touched for the first time, fetched from memory into L2 while others are computed: a few lines at each
+// step, in the order of their addresses. Many at once would fill the core's line buffers and hold it up.
+template <class S> struct Ahead {
+  static constexpr bool idle = false;
+  static constexpr int64_t line = 64 / int64_t(sizeof(S));
+  struct Row {
+    const S* at;
+    int64_t stride, runs, lines;  // runs of `lines` lines, `stride` apart
+  } rows[4] = {};
+  int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0, at = 0;
+
+  void add(const S* first, int64_t pixels, int64_t channels, int64_t stride) {
+    const bool whole = channels == stride;
+    const Row r{first, stride, whole ? 1 : pixels, ((whole ? pixels : 1) * channels + line - 1) / line};
+    rows[count++] = r, total += r.runs * r.lines;
+  }
+  bool full() const { return count == 4; }
+  void start(int64_t steps) { per_step = (total + steps - 1) / most(1, steps); }
+  MNOPS_INLINE void step() {
+    for (int64_t left = per_step; left > 0 && row < count;) {
+      const Row& r = rows[row];
+      const S* const from = r.at + run * r.stride + at * line;
+      const int64_t n = least(left, r.lines - at);
+      for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + i * line, 0, 2);
+      left -= n, at += n;
+      if (at < r.lines) continue;
+      at = 0;
+      if (++run == r.runs) run = 0, row++;
+    }
+  }
+};
+
+struct NothingAhead {
+  static constexpr bool idle = true;
+  void step() {}
+};
+constexpr int64_t stretch = 16;  // pixels of a pass between two steps
+MNOPS_INLINE int64_t stretches(int64_t pixels) { return (pixels + stretch - 1) / stretch; }
+
 // z = act((x - mean) * scale + shift) for `c` channels of `pixels` pixels, x_stride and z_stride apart. U vectors (a cache
 // line of channels) at a time, their norm in registers; z is padded to whole vectors.
-template <Act act, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T, class Z>
+template <Act act, class V, int U = V::N >= 4 ? 16 / V::N : 2, class S, class T, class Z, class Ahead = NothingAhead>
 MNOPS_INLINE void normalise(const S* x, int64_t x_stride, int64_t pixels, int64_t c, const T* mean, const T* scale,
-                            const T* shift, Z* z, int64_t z_stride) {
+                            const T* shift, Z* z, int64_t z_stride, Ahead&& ahead = {}) {
   for (int64_t i = 0; i < c; i += U * V::N)
     with_lanes(c - i >= U * V::N, [&](auto lanes) {
       const int used = lanes.value == Lanes::all ? U : int((c - i + V::N - 1) / V::N);
       V m[U], s[U], h[U];
       for (int u = 0; u < used; u++)
         m[u] = V::load(mean + i + u * V::N), s[u] = V::load(scale + i + u * V::N), h[u] = V::load(shift + i + u * V::N);
-      for (int64_t j = 0; j < pixels; j++) {
-        V v[U] = {};  // all loads before the first store: they may then be paired
+      for (int64_t j = 0; j < pixels;) {
+        ahead.step();
+        for (const int64_t end = ahead.idle ? pixels : least(pixels, j + stretch); j < end; j++) {
+          V v[U] = {};  // all loads before the first store: they may then be paired
 #pragma GCC unroll 4
-        for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++)
-          v[u] = load_lanes<lanes.value, V>(x + j * x_stride + i + u * V::N, c - i - u * V::N);
+          for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++)
+            v[u] = load_lanes<lanes.value, V>(x + j * x_stride + i + u * V::N, c - i - u * V::N);
 #pragma GCC unroll 4
-        for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++)
-          activate<act>(fma(v[u] - m[u], s[u], h[u])).store(z + j * z_stride + i + u * V::N);
+          for (int u = 0; u < (lanes.value == Lanes::all ? U : used); u++)
+            activate<act>(fma(v[u] - m[u], s[u], h[u])).store(z + j * z_stride + i + u * V::N);
+        }
       }
     });
 }
@@ -191,40 +233,6 @@ template <class V, int U> struct NormBackward {
       accumulate(gpx_sum + u * V::N, gpx[u], lanes - u * V::N);
     }
   }
-};
-
-// Rows that are soon touched for the first time, fetched from memory into L2 while others are computed: a few lines at each
-// step, in the order of their addresses. Many at once would fill the core's line buffers and hold it up.
-template <class S> struct Ahead {
-  static constexpr int64_t line = 64 / int64_t(sizeof(S));
-  struct Row {
-    const S* at;
-    int64_t stride, runs, lines;  // runs of `lines` lines, `stride` apart
-  } rows[4] = {};
-  int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0, at = 0;
-
-  void add(const S* first, int64_t pixels, int64_t channels, int64_t stride) {
-    const bool whole = channels == stride;
-    const Row r{first, stride, whole ? 1 : pixels, ((whole ? pixels : 1) * channels + line - 1) / line};
-    rows[count++] = r, total += r.runs * r.lines;
-  }
-  void start(int64_t steps) { per_step = (total + steps - 1) / most(1, steps); }
-  MNOPS_INLINE void step() {
-    for (int64_t left = per_step; left > 0 && row < count;) {
-      const Row& r = rows[row];
-      const S* const from = r.at + run * r.stride + at * line;
-      const int64_t n = least(left, r.lines - at);
-      for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + i * line, 0, 2);
-      left -= n, at += n;
-      if (at < r.lines) continue;
-      at = 0;
-      if (++run == r.runs) run = 0, row++;
-    }
-  }
-};
-
-struct NothingAhead {
-  void step() {}
 };
 
 // A bump allocator over a thread's scratch memory, cache-line aligned. With base null it only counts.

@@ -1,7 +1,7 @@
 // Fills the table of the instruction set whose vector type was included before this file.
 #pragma once
 #include "cpu/kernels/depthwise_conv2d.h"
-#include "cpu/kernels/depthwise_conv2d_direct.h"
+#include "cpu/kernels/depthwise_conv2d_backward.h"
 #include "cpu/kernels/norm_act.h"
 #include "cpu/kernels/pointwise_conv2d.h"
 #include "cpu/kernels/separable_conv2d.h"
@@ -11,13 +11,6 @@
 namespace mnops {
 namespace {
 
-template <class S> constexpr auto depthwise_forward_of_tile() {
-  if constexpr (Tile::direct) return depthwise_direct<S>; else return depthwise_forward<S>;
-}
-template <class S> constexpr auto depthwise_scratch_of_tile() {
-  if constexpr (Tile::direct) return depthwise_direct_scratch<S>; else return depthwise_forward_scratch<S>;
-}
-
 template <class P, class T> constexpr Packing<T> packing() { return {panel_bytes<P, T>, pack_columns<P, T>, pack_rows<P, T>}; }
 
 // S is what is stored, P what is multiplied.
@@ -26,7 +19,7 @@ template <class S, class P = typename Arithmetic<S>::type, class T = typename Ar
   static_assert(channel_quantum % V::N == 0, "padded channel vectors hold whole vectors");
   static_assert(channel_quantum % Shape<V>::nr == 0, "and whole panels of the matrix product");
   return {V::N, Shape<V>::mr, Shape<V>::nr,
-          depthwise_scratch_of_tile<S>(), depthwise_forward_of_tile<S>(), depthwise_backward_scratch<S>, depthwise_backward<S>,
+          depthwise_forward_scratch<S>, depthwise_forward<S>, depthwise_backward_scratch<S>, depthwise_backward<S>,
           packing<P, T>(), packing<T, T>(), pointwise_forward_scratch<P, T>, pointwise_backward_scratch<P, T>,
           pointwise_forward<S, P>, pointwise_backward<S, P>, stem_scratch<T>, stem_forward<S>, stem_backward<S>,
           separable_scratch<P, T>, separable_forward<S, P>, separable_depthwise<S, P>, separable_pointwise<S, P>,

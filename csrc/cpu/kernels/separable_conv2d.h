@@ -12,39 +12,30 @@
 namespace mnops {
 namespace {
 
-// One vector of channels of a row of outputs, from a kernel known at compile time.
-template <class V, int K, int S, int TX, class T, class Put>
-MNOPS_INLINE void convolve_run(const T* const* row, int64_t x, int64_t end, int64_t ps, const V* w, Put put) {
-  for (; x + TX <= end; x += TX) convolve_tile<V, K, S, TX>(row, x * S * ps, ps, w, [&](V v, int t) { put(v, x + t); });
-  if constexpr (TX > 1)
-    if (x < end) convolve_run<V, K, S, TX / 2>(row, x, end, ps, w, put);
-}
+// A finished vector of the depthwise result: normalised, into the panels.
+template <Act act, class V> struct Activate {
+  V mean, scale, shift;
+  template <class P> MNOPS_INLINE void operator()(V v, P* to) { activate<act>(fma(v - mean, scale, shift)).store(to); }
+};
 
-// Outputs [begin, end) of one row, all channels: pixel x is row r0 + x of the panels z.
+// Outputs [begin, end) of one group of one row, c its first channel: pixel x is row r0 + x of the panels z.
 template <Act act, class V, int K, int S, class P, class T>
-void convolve_to_panels(const Separable<T>& p, const T* const* row, int64_t begin, int64_t end, int64_t ps, P* z, int64_t rows,
+void convolve_to_panels(const Separable<T>& p, const T* const* row, int64_t begin, int64_t end, int64_t c0, P* z, int64_t rows,
                         int64_t r0) {
   constexpr int NR = Shape<V>::nr;
   const Depthwise<T>& d = p.depthwise;
   const int64_t cp = round_up(d.c, channel_quantum);
-  for (int64_t c = 0; c < d.c; c += V::N) {
-    P* const to = z + (c / NR * rows + r0) * NR + c % NR;
-    const V mean = V::load(p.mid.mean + c), scale = V::load(p.mid.scale + c), shift = V::load(p.mid.shift + c);
-    auto put = [&](V v, int64_t x) { activate<act>(fma(v - mean, scale, shift)).store(to + x * NR); };
+  for (int64_t c = c0; c < least(d.c, c0 + channel_quantum); c += V::N) {
+    P* to = z + (c / NR * rows + r0 + begin) * NR + c % NR;
+    Activate<act, V> out{V::load(p.mid.mean + c), V::load(p.mid.scale + c), V::load(p.mid.shift + c)};
+    const T* r[K > 0 ? K : most_rows];
+    for (int k = 0; k < (K > 0 ? K : d.kh); k++) r[k] = row[k] + c - c0 + (K > 0 ? begin * S * channel_quantum : 0);
     if constexpr (K > 0) {
       V w[K * K];
-      const T* r[K];
       for (int k = 0; k < K * K; k++) w[k] = V::load(d.weight + k * cp + c);
-      for (int k = 0; k < K; k++) r[k] = row[k] + c;
-      convolve_run<V, K, S, Tile::tx>(r, begin, end, ps, w, put);
-    } else {  // any kernel size, stride and dilation
-      for (int64_t x = begin; x < end; x++) {
-        V acc = V::zero();
-        for (int ky = 0; ky < d.kh; ky++)
-          for (int kx = 0; kx < d.kw; kx++)
-            acc = fma(V::load(row[ky] + (x * d.sw + kx * d.dw) * ps + c), V::load(d.weight + (ky * d.kw + kx) * cp + c), acc);
-        put(acc, x);
-      }
+      convolve_tiles<V, K, S, 1, Tile::tx>(r, w, &to, NR, end - begin, &out);
+    } else {
+      convolve_any<V>(d, r, d.weight + c, begin, to, NR, end - begin, out);
     }
   }
 }
@@ -55,7 +46,7 @@ template <class P, class T> struct SeparableScratch {
   static SeparableScratch make(Arena& a, const Separable<T>& p) {
     const Depthwise<T>& d = p.depthwise;
     const int64_t columns = most(d.w + d.pad_left, (d.wo - 1) * d.sw + (d.kw - 1) * d.dw + 1);
-    const Ring<T> lines = Ring<T>::make(a, (d.kh - 1) * d.dh + 1, columns * line_stride(d.c), d.n * d.h);
+    const Ring<T> lines = Ring<T>::make(a, (d.kh - 1) * d.dh + 1, columns, d.c, d.n * d.h);
     P* const z = a.take<P>(round_up(d.c, Shape<typename Vec<T>::type>::nr) * p.pointwise.mc);
     return {lines, z, p.pointwise.packed ? nullptr : a.take<P>(panel_size<P, T>(d.c))};
   }
@@ -64,13 +55,12 @@ template <class P, class T> struct SeparableScratch {
 // Zeros where nothing else is written: the line outside the image and the columns beside it.
 template <class T> void start(const Separable<T>& p, const Ring<T>& lines) {
   const Depthwise<T>& d = p.depthwise;
-  const int64_t ps = line_stride(d.c), before = d.pad_left * ps, inside = d.w * ps;
-  for (int64_t i = 0; i < lines.slots; i++) {
-    T* const line = lines.lines + i * lines.line_size;
-    __builtin_memset(line, 0, before * sizeof(T));
-    __builtin_memset(line + before + inside, 0, (lines.line_size - before - inside) * sizeof(T));
+  const int64_t before = d.pad_left * channel_quantum, after = before + d.w * channel_quantum;
+  for (T* group = lines.lines; group < lines.zeros; group += lines.group) {
+    __builtin_memset(group, 0, before * sizeof(T));
+    __builtin_memset(group + after, 0, (lines.group - after) * sizeof(T));
   }
-  __builtin_memset(lines.lines + lines.slots * lines.line_size, 0, lines.line_size * sizeof(T));
+  __builtin_memset(lines.lines + lines.slots * lines.size, 0, lines.size * sizeof(T));
   lines.forget();
 }
 
@@ -85,31 +75,27 @@ template <class S, class P, class T>
 void depthwise_to_panels(const Separable<T>& p, const Ring<T>& lines, int64_t begin, int64_t end, P* z, int64_t rows, int64_t to) {
   using V = typename Vec<T>::type;
   const Depthwise<T>& d = p.depthwise;
-  const int64_t ps = line_stride(d.c);
-  const bool dense = d.dh == 1 && d.dw == 1 && d.sh == d.sw && d.kh == d.kw;
-  auto fill = [&](T* line, int64_t r) {
-    with_act(d.norm.act, [&](auto act) {
-      normalise<act.value, V>(static_cast<const S*>(d.x) + r * d.w * d.c, d.c, d.w, d.c, d.norm.mean, d.norm.scale, d.norm.shift,
-                              line + d.pad_left * ps, ps);
-    });
-  };
   for (int64_t m = begin; m < end;) {
     const int64_t ox = m % d.wo, oy = m / d.wo % d.ho, n = m / d.wo / d.ho, last = least(d.wo, ox + end - m);
-    constexpr int most_rows = 64;  // kernels are at most this tall; the tensor side checks
-    const T* row[most_rows];
+    const T *row[most_rows], *group[most_rows];
+    Fresh<T> fresh;
     for (int ky = 0; ky < d.kh; ky++) {
       const int64_t iy = oy * d.sh - d.pad_top + ky * d.dh;
-      row[ky] = iy < 0 || iy >= d.h ? lines.zeros : lines.row(n * d.h + iy, fill);
+      row[ky] = iy < 0 || iy >= d.h ? lines.zeros : lines.row(n * d.h + iy, fresh);
     }
     const int64_t r0 = to + (m - begin) - ox;
-    with_act(p.mid.act, [&](auto act) {
-      constexpr Act a = act.value;
-      if (dense && d.kh == 3 && d.sh == 1) convolve_to_panels<a, V, 3, 1>(p, row, ox, last, ps, z, rows, r0);
-      else if (dense && d.kh == 3 && d.sh == 2) convolve_to_panels<a, V, 3, 2>(p, row, ox, last, ps, z, rows, r0);
-      else if (dense && d.kh == 5 && d.sh == 1) convolve_to_panels<a, V, 5, 1>(p, row, ox, last, ps, z, rows, r0);
-      else if (dense && d.kh == 5 && d.sh == 2) convolve_to_panels<a, V, 5, 2>(p, row, ox, last, ps, z, rows, r0);
-      else convolve_to_panels<a, V, 0, 0>(p, row, ox, last, ps, z, rows, r0);
-    });
+    for (int64_t c = 0; c < d.c; c += channel_quantum) {
+      const int64_t at = c / channel_quantum * lines.group;
+      for (int f = 0; f < fresh.count; f++)
+        normalise_group<V>(d, static_cast<const S*>(d.x) + fresh.lines[f].row * d.w * d.c + c, c, least(channel_quantum, d.c - c),
+                           fresh.lines[f].line + at, NothingAhead{});
+      for (int ky = 0; ky < d.kh; ky++) group[ky] = row[ky] + at;
+      with_act(p.mid.act, [&](auto act) {
+        with_window(d, [&](auto k, auto stride) {
+          convolve_to_panels<act.value, V, k.value, stride.value>(p, group, ox, last, c, z, rows, r0);
+        });
+      });
+    }
     m += last - ox;
   }
 }
