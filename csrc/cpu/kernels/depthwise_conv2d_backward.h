@@ -65,10 +65,10 @@ MNOPS_INLINE void weight_grad_tile(const T* const* row, int64_t m, const T* z, V
   V zq[TX * S];
 #pragma GCC unroll 8
   for (int t = 0; t < TX * S; t++) zq[t] = V::load(z + (m * S + t) * channel_quantum);
-#pragma GCC unroll 8
-  for (int i = 0; i < NY; i++) {
 #pragma GCC unroll 16
-    for (int col = -J; col < TX; col++) {
+  for (int col = -J; col < TX; col++) {  // outside: the sums of all lines take turns, so that their latency is hidden
+#pragma GCC unroll 8
+    for (int i = 0; i < NY; i++) {
       const V gy = V::load(row[i] + (m + col) * channel_quantum);
 #pragma GCC unroll 8
       for (int t = 0; t < TX; t++)
