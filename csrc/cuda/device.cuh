@@ -172,7 +172,7 @@ template <class T> __device__ __forceinline__ T activate(Act act, T p) {
     case Act::relu6: return low > T(6) ? T(6) : low;
     case Act::hardswish: {
       const T s = p + T(3);
-      return p * (s < T(0) ? T(0) : s > T(6) ? T(6) : s) / T(6);
+      return p * (s < T(0) ? T(0) : s > T(6) ? T(6) : s) * T(1.0 / 6);  // a division is ten instructions
     }
     case Act::silu: return p / (T(1) + exp(-p));
     default: return p;
@@ -183,7 +183,7 @@ template <class T> __device__ __forceinline__ T activate_grad(Act act, T g, T p)
   switch (act) {
     case Act::relu: return p > T(0) ? g : T(0);
     case Act::relu6: return p > T(0) && p < T(6) ? g : T(0);
-    case Act::hardswish: return p < T(-3) ? T(0) : p > T(3) ? g : g * (p / T(3) + T(0.5));
+    case Act::hardswish: return p < T(-3) ? T(0) : p > T(3) ? g : g * (p * T(1.0 / 3) + T(0.5));
     case Act::silu: {
       const T s = T(1) / (T(1) + exp(-p));
       return g * s * (T(1) + p * (T(1) - s));
