@@ -51,7 +51,7 @@ part() {
 
 ops="tests/test_ops.py tests/test_ops_drawn.py"
 part cuda -k "cuda-cuda" $ops "$@"
-part networks -k "cuda or graph or triton" tests/test_backends.py tests/test_cuda_graph.py tests/test_cuda.py "$@"
+part networks -k "(cuda or graph or triton) and not emulation" tests/test_backends.py tests/test_cuda_graph.py tests/test_cuda.py "$@"
 
 if command -v compute-sanitizer >/dev/null; then
   # Beside each op's plain case, depthwise's other kernels: stride 2, 5x5, any other shape, NCHW. Only mnops' kernels are
