@@ -67,13 +67,18 @@ template <class V, class S> MNOPS_INLINE void store_some(V v, S* p, int64_t left
   if (left >= V::N) v.store(p); else v.store(p, int(left));
 }
 
-// Chan, Golub, LeVeque 1979: merge `count` values with sums s1 of (v - pivot), s2 of (v - pivot)^2 into one channel.
-MNOPS_INLINE void merge_moments(Moments into, int64_t c, double count, double pivot, double s1, double s2) {
-  const double mean = pivot + s1 / count, m2 = s2 - s1 * (s1 / count);
-  const double total = into.count[c] + count, delta = mean - into.mean[c];
-  into.m2[c] += m2 + delta * delta * (into.count[c] * count / total);
-  into.mean[c] += delta * (count / total);
-  into.count[c] = total;
+// Chan, Golub, LeVeque 1979: merge `count` values, with sums s1 of (v - pivot) and s2 of (v - pivot)^2, into each of `channels`
+// channels from c on, which have all seen as many. Only two divisions in all: a small image has few values a channel.
+template <class T, class Sum>
+MNOPS_INLINE void merge_moments(Moments into, int64_t c, int64_t channels, double count, const T* pivot, const Sum* s1, const Sum* s2) {
+  const double total = into.count[c] + count, each = 1 / count, share = count / total, weight = into.count[c] * share;
+  double *const n = into.count + c, *const mu = into.mean + c, *const m2 = into.m2 + c;
+  for (int64_t i = 0; i < channels; i++) {
+    const double rest = double(s1[i]) * each, delta = double(pivot[i]) + rest - mu[i];
+    m2[i] += double(s2[i]) - double(s1[i]) * rest + delta * delta * weight;
+    mu[i] += delta * share;
+    n[i] = total;
+  }
 }
 
 // Adds the lanes of a vector to doubles: long sums are kept in double, short ones (a row, a block) in registers.

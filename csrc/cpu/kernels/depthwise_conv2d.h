@@ -308,8 +308,8 @@ void depthwise_forward(const Depthwise<T>& p, int64_t begin, int64_t end, Moment
         }
       }
     });
-    for (int64_t c = 0; p.measure && c < it.channels; c++)
-      merge_moments(moments, it.c0 + c, double((it.row1 - it.row0) * p.wo), double(s.pivot[c]), s.s1[c], s.s2[c]);
+    if (p.measure)
+      merge_moments(moments, it.c0, it.channels, double((it.row1 - it.row0) * p.wo), s.pivot, s.s1, s.s2);
   }
   finish_streams();
 }

@@ -280,7 +280,7 @@ void store_panel(const Pointwise<T>& p, int64_t m0, int64_t rows, int64_t o0, co
   if (p.measure) {
     T a[NR], b[NR], c[NR];
     for (int v = 0; v < NV; v++) pivot[v].store(a + v * V::N), s1[v].store(b + v * V::N), s2[v].store(c + v * V::N);
-    for (int64_t i = 0; i < lanes; i++) merge_moments(moments, o0 + i, double(rows), double(a[i]), double(b[i]), double(c[i]));
+    merge_moments(moments, o0, lanes, double(rows), a, b, c);
   }
 }
 
