@@ -211,11 +211,11 @@ def write(name: str, rows: list[dict], partial: bool) -> None:
 
 # The functions whose hottest loop is shown: what it is, its name, of which instruction set if not of neon.
 LOOPS = (
-    ("depthwise forward 3x3 stride 1, measured", r"direct_convolve<.*F32x4, 3, 1, 2, true, float"),
-    ("depthwise forward 3x3 stride 1", r"direct_convolve<.*F32x4, 3, 1, 2, false, float"),
-    ("depthwise forward 3x3 stride 2, measured", r"direct_convolve<.*F32x4, 3, 2, 2, true, float"),
-    ("depthwise backward 3x3 stride 1", r"gradient_row<.*F32x4, float, 3, 1, 0, float"),
-    ("depthwise backward 3x3 stride 2, even rows", r"gradient_row<.*F32x4, float, 3, 2, 0, float"),
+    ("depthwise forward 3x3 stride 1, measured", r"finish_group<.*F32x4, 3, 1, 2, true, float"),
+    ("depthwise forward 3x3 stride 1", r"finish_group<.*F32x4, 3, 1, 2, false, float"),
+    ("depthwise forward 3x3 stride 2, measured", r"finish_group<.*F32x4, 3, 2, 2, true, float"),
+    ("depthwise backward 3x3 stride 1", r"gradient_group<.*F32x4, 3, 1, 0, float"),
+    ("depthwise backward 3x3 stride 2, even rows", r"gradient_group<.*F32x4, 3, 2, 0, float"),
     ("separable depthwise 3x3 stride 1", r"convolve_to_panels<.*Act.1, .*F32x4, 3, 1, float"),
     ("pointwise product", r"multiply_block<.*F32x4"),
     ("pointwise weight gradient", r"weight_gradient<.*F32x4"),
