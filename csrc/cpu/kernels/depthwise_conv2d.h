@@ -219,8 +219,9 @@ void store_group(const Depthwise<T>& p, const ForwardScratch<T>& s, int64_t c, i
 }
 
 // One group of TY rows of y from registers to memory, measured on the way, where a tile and its statistics fit the registers.
+// Not inlined: the tile then has them all.
 template <class V, int K, int SW, int TY, bool measure, class S, class T>
-void finish_group(const Depthwise<T>& p, const T* weight, const ForwardScratch<T>& s, const T* const* row, int64_t c0,
+__attribute__((noinline)) void finish_group(const Depthwise<T>& p, const T* weight, const ForwardScratch<T>& s, const T* const* row, int64_t c0,
                   int64_t channels, S* y) {
   const int64_t cp = round_up(p.c, channel_quantum), stride = p.c, width = p.wo;
   for (int64_t c = 0; c < channels; c += V::N) {
