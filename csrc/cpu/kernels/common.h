@@ -136,7 +136,9 @@ template <class S> struct Ahead {
     const S* at;
     int64_t stride, runs, lines;  // runs of `lines` lines, `stride` apart
   } rows[4] = {};
-  int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0, at = 0;
+  int64_t count = 0, total = 0, per_step = 0, row = 0, run = 0;
+  const S* next = nullptr;  // of the `left` lines of this run
+  int64_t left = 0;
 
   void add(const S* first, int64_t pixels, int64_t channels, int64_t stride) {
     const bool whole = channels == stride;
@@ -144,21 +146,27 @@ template <class S> struct Ahead {
     rows[count++] = r, total += r.runs * r.lines;
   }
   bool full() const { return count == 4; }
-  void start(int64_t steps) { per_step = (total + steps - 1) / most(1, steps); }
+  void start(int64_t steps) {
+    per_step = (total + steps - 1) / most(1, steps);
+    next = rows[0].at, left = rows[0].lines;
+  }
   MNOPS_INLINE void step() {
-    for (int64_t left = per_step; left > 0 && row < count;) {
-      const Row& r = rows[row];
-      const S* const from = r.at + run * r.stride + at * line;
-      const int64_t n = least(left, r.lines - at);
-      for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + i * line, 0, 2);
-      left -= n, at += n;
-      if (at < r.lines) continue;
-      at = 0;
-      if (++run == r.runs) run = 0, row++;
+    for (int64_t budget = per_step; budget > 0;) {
+      const int64_t n = least(budget, left);
+      for (int64_t i = 0; i < n; i++, next += line) __builtin_prefetch(next, 0, 2);
+      budget -= n, left -= n;
+      if (left == 0) turn();
+      if (per_step == 0) return;
     }
   }
-};
 
+ private:
+  void turn() {  // to the next run
+    if (++run == rows[row].runs) run = 0, row++;
+    if (row == count) per_step = 0;
+    else next = rows[row].at + run * rows[row].stride, left = rows[row].lines;
+  }
+};
 struct NothingAhead {
   static constexpr bool idle = true;
   void step() {}

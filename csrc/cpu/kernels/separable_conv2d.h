@@ -135,7 +135,7 @@ void multiply_packing(const Pointwise<T>& p, const P* z, int64_t m0, int64_t cou
     pack_columns<P>(p.weight, p.o, p.k, j, j + 1, packed);
     Ahead<T> weights{};
     if (j + 1 < last) weights.add(p.weight + (j + 1) * NR * p.k, least(NR, p.o - (j + 1) * NR), p.k, p.k);
-    weights.start(product_steps<V>(count, p.k, 1));
+    weights.start(product_steps<V, P>(count, p.k, 1));
     multiply_to_output<S>(p, z, m0, count, j, packed, weights);
   }
 }
@@ -165,7 +165,7 @@ void separable_forward(const Separable<T>& p, int64_t begin, int64_t end, char* 
     const int64_t read = rows_read(p.depthwise, next);
     Ahead<S> ahead{};
     ahead.add(static_cast<const S*>(p.depthwise.x) + read * row, rows_read(p.depthwise, least(end, next + q.mc)) - read, row, row);
-    ahead.start(product_steps<V>(count, q.k, panels));
+    ahead.start(product_steps<V, P>(count, q.k, panels));
     for (int64_t j = 0; j < panels; j++)
       multiply_to_output<S>(q, s.z, m0, count, j, static_cast<const P*>(q.packed) + j * panel_size<P, T>(q.k), ahead);
   }
