@@ -70,7 +70,8 @@ template <class V, class S> MNOPS_INLINE void store_some(V v, S* p, int64_t left
 // Chan, Golub, LeVeque 1979: merge `count` values, with sums s1 of (v - pivot) and s2 of (v - pivot)^2, into each of `channels`
 // channels from c on, which have all seen as many. Only two divisions in all: a small image has few values a channel.
 template <class T, class Sum>
-MNOPS_INLINE void merge_moments(Moments into, int64_t c, int64_t channels, double count, const T* pivot, const Sum* s1, const Sum* s2) {
+MNOPS_INLINE void merge_moments(Moments into, int64_t c, int64_t channels, double count, const T* pivot, const Sum* s1,
+                                const Sum* s2) {
   const double total = into.count[c] + count, each = 1 / count, share = count / total, weight = into.count[c] * share;
   double *const n = into.count + c, *const mu = into.mean + c, *const m2 = into.m2 + c;
   for (int64_t i = 0; i < channels; i++) {

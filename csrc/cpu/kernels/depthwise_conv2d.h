@@ -69,7 +69,8 @@ void normalise_group(const Depthwise<T>& p, const S* x, int64_t c0, int64_t chan
     return;
   }
   with_act(p.norm.act, [&](auto act) {
-    normalise<act.value, V>(x, p.c, p.w, channels, p.norm.mean + c0, p.norm.scale + c0, p.norm.shift + c0, line, channel_quantum, ahead);
+    normalise<act.value, V>(x, p.c, p.w, channels, p.norm.mean + c0, p.norm.scale + c0, p.norm.shift + c0, line, channel_quantum,
+                            ahead);
   });
 }
 
@@ -228,8 +229,8 @@ void store_group(const Depthwise<T>& p, const ForwardScratch<T>& s, int64_t c, i
 // One group of TY rows of y from registers to memory, measured on the way, where a tile and its statistics fit the registers.
 // Not inlined: the tile then has them all.
 template <class V, int K, int SW, int TY, bool measure, class S, class T>
-__attribute__((noinline)) void finish_group(const Depthwise<T>& p, const T* weight, const ForwardScratch<T>& s, const T* const* row, int64_t c0,
-                  int64_t channels, S* y) {
+__attribute__((noinline)) void finish_group(const Depthwise<T>& p, const T* weight, const ForwardScratch<T>& s,
+                                            const T* const* row, int64_t c0, int64_t channels, S* y) {
   const int64_t cp = round_up(p.c, channel_quantum), stride = p.c, width = p.wo;
   for (int64_t c = 0; c < channels; c += V::N) {
     V w[K * K];

@@ -116,8 +116,8 @@ void gradient_group(const Depthwise<T>& p, const BackwardScratch<T>& s, const T*
 }
 
 template <class V, class T>  // any kernel size, stride and dilation; lines by tap row, null where no output row meets it
-void gradient_group_any(const Depthwise<T>& p, const BackwardScratch<T>& s, const T* const* line, const T* weight, int64_t cp, T* gw,
-                        int64_t ps, int64_t channels) {
+void gradient_group_any(const Depthwise<T>& p, const BackwardScratch<T>& s, const T* const* line, const T* weight, int64_t cp,
+                        T* gw, int64_t ps, int64_t channels) {
   for (int64_t c = 0; c < channels; c += V::N)
     for (int64_t ix = 0; ix < p.w; ix++) {
       const int64_t q = ix + p.pad_left;
@@ -140,8 +140,8 @@ void gradient_group_any(const Depthwise<T>& p, const BackwardScratch<T>& s, cons
 
 // Chain rule through the pending norm of one group of one row; c0 is its first channel, c that in the item.
 template <Act act, class V, class S, class T>
-void finish_gradient(const Depthwise<T>& p, const BackwardScratch<T>& s, int64_t c0, int64_t c, int64_t channels, const S* x, S* dx,
-                     Ahead<S>& ahead) {
+void finish_gradient(const Depthwise<T>& p, const BackwardScratch<T>& s, int64_t c0, int64_t c, int64_t channels, const S* x,
+                     S* dx, Ahead<S>& ahead) {
   constexpr int U = int(channel_quantum) / V::N;
   NormBackward<V, U> norm(p.norm, c0);
   with_stores<V>(channels == channel_quantum, p.stream, dx, p.c, [&](auto how) {
