@@ -87,7 +87,8 @@ MNOPS_INLINE void micro_kernel(const typename V::T* a, int64_t panel_stride, int
     for (int v = 0; v < NV; v++) put(r, v, acc[r][v]);
 }
 
-// The same of bf16, four steps of k at a time, and one step ahead in all: more would cost this short loop a fifth. Where they run down the rows of A's panel (KS > 1), B is such a panel too.
+// The same of bf16, four steps of k at a time, and one step ahead in all: more would make this short loop longer by half. Where
+// the steps of k run down the rows of A's panel (KS > 1), B is such a panel too.
 template <class V, int MR, int RS, int KS, class Put, class Ahead>
 MNOPS_INLINE void micro_kernel(const bf16* a, int64_t panel_stride, int64_t k, int64_t, const bf16* b, Put put, Ahead&& ahead) {
   constexpr int NR = Shape<V>::nr;
