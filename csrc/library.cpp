@@ -30,8 +30,12 @@ STABLE_TORCH_LIBRARY(mnops, m) {
   // Inference only: the pending norm `mid` is that of the depthwise result, which is never stored.
   m.def("separable_conv2d(Tensor x, Tensor depthwise_weight, Tensor weight, " PENDING ", " MID_PENDING ", " DEPTHWISE_GEOMETRY
         ") -> Tensor");
-  // Such blocks one after another: of each its 10 tensors, 2 eps and 8 ints, in that order, and one act for all.
-  m.def("separable_chain(Tensor x, Tensor[] tensors, float[] eps, str act, int[] geometry) -> Tensor");
+  // Inference only: layers one after another, written down as mnops/ops/run_layers.py does it.
+  m.def("run_layers(Tensor x, Tensor[] others, Tensor[] tensors, float[] eps, int[] layers, "
+        "int[] results) -> Tensor[]");
+
+  // A pointwise weight as the products of such a dtype want it, for run_layers to take in place of packing it at every call.
+  m.def("pack_pointwise(Tensor weight) -> Tensor");
 
   m.def("norm_act(Tensor x, " PENDING ", Tensor? residual=None) -> Tensor");  // z + residual
   m.def("norm_act_backward(Tensor g, Tensor x, " PENDING ") -> " NORM_GRADS);

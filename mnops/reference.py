@@ -13,6 +13,7 @@ mean and var None: z = act(x). gamma None: 1. beta None: 0. Padding pads z with 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -221,22 +222,92 @@ def separable_conv2d(
     return _store(y, x)
 
 
-def separable_chain(
-    x: Tensor, tensors: Sequence[Tensor], eps: Sequence[float], act: str, geometry: Sequence[int]
-) -> Tensor:
-    """separable_conv2d block by block: each has 10 of the tensors, 2 eps and 8 ints, as there in order."""
-    for args in of_each_block(tensors, eps, act, geometry):
-        x = separable_conv2d(x, *args)
-    return x
+# How run_layers writes layers down: each is so many ints (its kind's index here, the value that it reads, its
+# arguments) and one eps. A tensor is an index, -1 for none; an activation one into ACTS.
+LAYER_KINDS = ("stem", "depthwise", "pointwise", "norm", "sum", "pool")
+LAYER_INTS = 11
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+ACTS = tuple(ACTIVATIONS)
 
 
-def of_each_block(tensors: Sequence, eps: Sequence[float], act: str, geometry: Sequence[int]) -> Iterator[tuple]:
-    """The arguments of separable_chain as those of separable_conv2d, x apart."""
-    for i in range(len(eps) // 2):
-        taps, weight, *norms = tensors[10 * i : 10 * i + 10]
-        pending, mid = (*norms[:4], eps[2 * i], act), (*norms[4:], eps[2 * i + 1], act)
-        g = list(geometry[8 * i : 8 * i + 8])
-        yield taps, weight, *pending, *mid, g[:2], g[2:6], g[6:]
+def run_layers(
+    x: Tensor, others: Sequence[Tensor], tensors: Sequence[Tensor], eps: Sequence[float], layers: Sequence[int],
+    results: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """Values x, others and what each layer makes of them in turn; those of `results`."""
+    raw = [(x.contiguous(memory_format=torch.channels_last), ()) for x in (x, *others)]
+    convolutions = dict(stem=stem_conv2d, depthwise=depthwise_conv2d, pointwise=pointwise_conv2d)
+    for kind, source, args in of_each_layer(len(raw), tensors, eps, layers):
+        x, norm = raw[source]
+        if kind in convolutions:
+            weight, *geometry = args
+            if kind == "pointwise" and geometry:
+                (gate, of_gate), gating = raw[geometry[0]], GATES[geometry[1]]
+                gate = gating((norm_act(gate, *of_gate) if of_gate else gate).to(wide(x)))
+                x, norm, geometry = _store(norm_act(x.to(wide(x)), *(norm or NO_NORM)) * gate, x), (), ()
+            y, _, _ = convolutions[kind](x, weight, *(norm or NO_NORM), *geometry)
+            raw.append((y, ()))
+        elif kind == "norm":
+            mean, var, gamma, beta = (v if v is None else v.to(wide(x)) for v in args[:4])
+            if mean is None and beta is not None:
+                mean, var, beta, args = -beta, torch.ones_like(beta), None, (*args[:4], 0.0, args[5])
+            raw.append((norm_act(x, *norm) if norm else x, (mean, var, gamma, beta, *args[4:])))
+        elif kind == "sum":
+            z, other = (norm_act(t, *n) if n else t for t, n in (raw[source], raw[args[0]]))
+            raw.append((_store(z.to(wide(z)) + other, z), ()))
+        else:
+            raw.append((norm_act_pool(x, *(norm or NO_NORM))[:, :, None, None], ()))
+    for i in results:
+        refuse_unknown(i, len(raw))
+    return [norm_act(x, *norm) if norm else x for x, norm in (raw[i] for i in results)]
+
+
+NO_NORM = (None, None, None, None, 0.0, "none")
+
+
+def of_each_layer(
+    inputs: int, tensors: Sequence, eps: Sequence[float], layers: Sequence[int]
+) -> Iterator[tuple[str, int, tuple]]:
+    """Kind, the value that it reads, and its arguments: of a convolution the weight and what follows the pending
+    norm in the schema, of a pointwise one the gate's value and kind, if there is one; of a norm the norm.
+
+    ValueError where what is written down means nothing.
+    """
+    if len(layers) != LAYER_INTS * len(eps):
+        rule = f"a layer has {LAYER_INTS} ints and an eps"
+        raise ValueError(f"run_layers: {rule}, got {len(layers)} and {len(eps)}")
+    for i in range(len(eps)):
+        kind, x, *a = layers[LAYER_INTS * i : LAYER_INTS * (i + 1)]
+        kind = _item(LAYER_KINDS, kind, "unknown kind of layer")
+        refuse_unknown(x, inputs + i)
+        if kind == "norm":
+            vectors = (None if j < 0 else _item(tensors, j, "there is no tensor") for j in a[:4])
+            args = *vectors, eps[i], _item(ACTS, a[4], "unknown activation")
+        elif kind == "sum":
+            refuse_unknown(a[0], inputs + i)
+            args = (a[0],)
+        elif kind == "pool":
+            args = ()
+        else:
+            rest = {"stem": (a[1:3], a[3:7]), "depthwise": (a[1:3], a[3:7], a[7:9]), "pointwise": ()}[kind]
+            if kind == "pointwise" and a[1] >= 0:
+                refuse_unknown(a[1], inputs + i)
+                rest = a[1], _item(list(GATES), a[2], "unknown kind of gate")
+            if kind == "pointwise" and a[3] >= 0:  # the packed weight, which is only sooner there
+                _item(tensors, a[3], "there is no tensor")
+            args = _item(tensors, a[0], "there is no weight"), *rest
+        yield kind, x, args
+
+
+def refuse_unknown(value: int, known: int) -> None:
+    if not 0 <= value < known:
+        raise ValueError(f"run_layers: value {value} is read where {known} are known")
+
+
+def _item(items: Sequence, i: int, otherwise: str) -> Any:
+    if not 0 <= i < len(items):
+        raise ValueError(f"run_layers: {otherwise} {i}")
+    return items[i]
 
 
 def norm_act(

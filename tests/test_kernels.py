@@ -353,6 +353,20 @@ def check_pointwise(rng, isa, dtype, pixels, c, o, act, identity=False):
     check_vectors(got[2:], vectors, sizes, tolerance)
 
 
+@pytest.mark.parametrize("size", [(3, 49, 40, 24), (1, 130, 13, 7), (5, 1, 48, 16)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gate(variant, size, rng):
+    (isa, dtype), (n, pixels, c, o) = variant, size
+    factor, _ = factors(isa, dtype)
+    x, xw = draw(rng, (n * pixels, c), dtype)
+    w, ww = arithmetic(rng.normal(size=(o, c)) / c**0.5, dtype)
+    gate, gatew = arithmetic(rng.uniform(0.1, 1, (n, c)), dtype)
+    norm = Norm(rng, c, "hardswish", dtype)
+    y, _, _ = C.pointwise_conv2d(isa, x, w, norm.given, measure=False, gate=gate)
+    z = factor(factor(norm.z(xw)) * np.repeat(gatew, pixels, 0))
+    close(y, z @ factor(ww).T, STORED[dtype], "y", np.abs(z) @ np.abs(ww.T) / c**0.5)
+
+
 PIXELS = {
     "plain": (98, 32, 64),
     "one pixel": (1, 32, 16),
@@ -441,12 +455,18 @@ def test_stem_activations(variant, act, rng):
     check_stem(rng, *variant, STEMS[0], 20, act)
 
 
-def check_separable(rng, isa, dtype, shape, o, act, mid_act):
-    x, xw = draw(rng, (shape.n, shape.h, shape.w, shape.c), dtype)
+def check_separable(rng, isa, dtype, shape, o, act, mid_act, expanded_from=0):
+    x, xw = draw(rng, (shape.n, shape.h, shape.w, expanded_from or shape.c), dtype)
+    expand = {}
+    if expanded_from:
+        first, firstw = arithmetic(rng.normal(size=(shape.c, expanded_from)) / expanded_from**0.5, dtype)
+        on_x = Norm(rng, expanded_from, "relu", dtype)
+        factor, _ = factors(isa, dtype)
+        expand, xw = {"expand_weight": first, "on_x": on_x.given}, factor(on_x.z(xw)) @ factor(firstw).T
     taps, tapsw = arithmetic(rng.normal(size=(shape.c, *shape.kernel)), dtype)
     w, ww = arithmetic(rng.normal(size=(o, shape.c)), dtype)
     norm, mid = Norm(rng, shape.c, act, dtype), Norm(rng, shape.c, mid_act, dtype)
-    y = C.separable_conv2d(isa, x, taps, norm.given, mid.given, w, **shape.arguments)
+    y = C.separable_conv2d(isa, x, taps, norm.given, mid.given, w, **shape.arguments, **expand)
     edges = ((0, 0), tuple(shape.padding[:2]), tuple(shape.padding[2:]), (0, 0))
     z = np.pad(norm.z(xw), edges)
     between = sum(z[at] * tapsw[:, ky, kx] for (ky, kx), at in shape.taps())
@@ -463,10 +483,18 @@ def test_separable(variant, shape, rng):
         check_separable(rng, *variant, shape, o, "relu", "relu")
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inverted_residual(variant, shape, rng):
+    for k, o in ((3, 24), (40, 5)):
+        check_separable(rng, *variant, shape, o, "relu6", "relu6", expanded_from=k)
+
+
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_separable_activations(variant, act, rng):
     check_separable(rng, *variant, Shape("plain", 1, 7, 9, 24), 37, "none", act)
+    check_separable(rng, *variant, Shape("plain", 2, 7, 9, 24), 37, act, "none", expanded_from=8)
     check_separable(rng, *variant, Shape("weights larger than pixels", 1, 5, 4, 72, **square(3, 2)), 50, act, "relu")
 
 

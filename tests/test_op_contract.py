@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnops
 from mnops import Pending, ops, reference
 from mnops.ops import _register
-from mnops.ops.separable_conv2d import SeparableBlock, separable_chain
 
 
 def op_samples(name):
@@ -69,68 +68,6 @@ def test_opcheck_separable(namespace):
         norm = (*vectors(6, dtype, "cpu"), 1e-3, "relu")
         for pending, mid in ((norm, norm), ((None, None, None, None, 1e-5, "none"), norm)):
             torch.library.opcheck(op, (x, taps, weight, *pending, *mid, [2, 1], [0, 1, 1, 2], [1, 1]))
-
-
-def two_blocks(dtype=torch.float32):
-    """x (2, 6, 9, 7) and the blocks 6 -> 4 at stride 2, 4 -> 5."""
-    def block(channels, out, stride, padding):
-        taps, weight = torch.randn(channels, 1, 3, 3).to(dtype), torch.randn(out, channels, 1, 1).to(dtype)
-        norm, mid = vectors(channels, dtype, "cpu"), vectors(channels, dtype, "cpu")
-        return SeparableBlock(taps, weight, norm, 1e-3, mid, 1e-5, stride, padding, (1, 1))
-
-    x = Case("", "depthwise", (2, 6, 9, 7)).x(dtype, "cpu")
-    return x, [block(6, 4, (2, 2), (0, 1, 1, 1)), block(4, 5, (1, 1), (1, 1, 1, 1))]
-
-
-def one_by_one(x, blocks, act):
-    for b in blocks:
-        pending, norm = Pending(x, *b.norm, b.eps, act), (*b.mid, b.mid_eps, act)
-        x = ops.separable_conv2d(pending, b.depthwise_weight, norm, b.weight, b.stride, b.padding, b.dilation)
-    return x
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_chain_is_its_blocks_one_by_one(backend, dtype):
-    x, blocks = two_blocks(dtype)
-    with torch.no_grad(), mnops.backend(backend):
-        y = separable_chain(x, blocks, "silu")
-        torch.testing.assert_close(y, one_by_one(x, blocks, "silu"), rtol=0, atol=0)
-    assert y.shape == (2, 5, 4, 4)
-
-
-@namespaces
-def test_opcheck_chain(namespace, monkeypatch):
-    if namespace not in ("mnops", "mnops_reference"):
-        pytest.skip(f"{namespace} runs a chain block by block")
-    called = []
-    monkeypatch.setattr(_register, "run", lambda name, args, check: called.append(args))
-    x, blocks = two_blocks()
-    separable_chain(x, blocks, "relu")
-    torch.library.opcheck(getattr(torch.ops, namespace).separable_chain, called[0])
-
-
-def test_flops_of_a_chain():
-    x, blocks = two_blocks()
-    totals = []
-    for run in (separable_chain, one_by_one):
-        with torch.no_grad(), FlopCounterMode(display=False) as flops:
-            run(x, blocks, "relu")
-        totals.append(flops.get_total_flops())
-    assert totals[0] == totals[1] > 0
-
-
-def test_chain_refuses_what_a_block_refuses():
-    x, (first, second) = two_blocks()
-    with torch.no_grad(), pytest.raises(ValueError, match=r"with C = 4 as in x, got \(6, 1, 3, 3\)"):
-        separable_chain(x, [first, second._replace(depthwise_weight=first.depthwise_weight)], "relu")
-    with torch.no_grad(), pytest.raises(ValueError, match="act must be one of .* got 'gelu'"):
-        separable_chain(x, [first, second], "gelu")
-    with pytest.raises(RuntimeError, match=r"for inference, under torch.no_grad\(\)"):
-        separable_chain(x.requires_grad_(), [first, second], "relu")
-    for broken in ((), (1e-3,)):
-        with pytest.raises(RuntimeError, match="10 tensors, 2 eps and 8 ints"):
-            torch.ops.mnops.separable_chain(x.detach(), [], broken, "relu", [])
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "plain" in c.label or "stride" in c.label], ids=str)
@@ -255,3 +192,14 @@ def test_fake_kernel_checks_the_same_contract():
     with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match="K, K"):
         args = torch.zeros(2, 8, 6, 6), torch.zeros(4, 1, 3, 3), None, None, None, None, 1e-5, "none"
         torch.ops.mnops.depthwise_conv2d(*args, [1, 1], [1, 1, 1, 1], [1, 1], False)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**32, 2**50, 2**63 - 1])
+@pytest.mark.parametrize("op", ["stem_conv2d", "depthwise_conv2d"])
+def test_steps_that_are_no_ints_are_refused(op, size):
+    """Not cut short: a stride of 0 would divide by it."""
+    x, weight = torch.zeros(1, 4, 5, 5), torch.zeros(4, 1 if "depthwise" in op else 4, 3, 3)
+    arguments = [dict(stride=(1, size)), dict(stride=(size, 1)), dict(padding=(0, 0, size, 0))]
+    for given in [*arguments, *([dict(dilation=(1, size))] if "depthwise" in op else [])]:
+        with mnops.backend("cpu"), torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+            getattr(ops, op)(x, weight, **given)

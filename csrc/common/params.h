@@ -70,6 +70,8 @@ template <class T> struct Pointwise {
   void* out;               // y forward, dx backward (null: not wanted)
   const void* packed;      // forward: panels over o; backward: panels over k of the transposed matrix
   const T* weight;         // the (o, k) matrix, where each panel is packed by who uses it: packed is null
+  const T* gate;           // forward: of each image a factor for each channel of z (null: none), padded as norm's vectors
+  int64_t image;           // its pixels
   Norm<T> norm;
   Incoming<T> incoming;    // backward only
   bool measure, need_weight;
@@ -77,7 +79,10 @@ template <class T> struct Pointwise {
 };
 
 // A depthwise convolution (its x, weight, pending norm), the norm between, and the pointwise one (its out, weights, sizes).
+// Where there is a pointwise convolution before them (its x, packed weights, sizes, the norm pending on its x), the depthwise
+// one reads what that gives, and has no x.
 template <class T> struct Separable {
+  Pointwise<T> expand;     // packed is null: none
   Depthwise<T> depthwise;
   Norm<T> mid;
   Pointwise<T> pointwise;

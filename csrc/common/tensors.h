@@ -22,6 +22,8 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
+constexpr int64_t most_step = int64_t(1) << 30;  // strides, dilations and padding are ints in the kernels
+
 inline bool is_channels_last(const Tensor& t) {  // dense NHWC; the stride of a dimension of size 1 says nothing
   const int64_t order[4] = {1, 3, 2, 0};
   int64_t expected = 1;

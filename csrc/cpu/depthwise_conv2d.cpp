@@ -1,27 +1,33 @@
 #include "cpu/drivers/depthwise_conv2d.h"
 
 #include "common/depthwise_shape.h"
+#include "cpu/forward.h"
 #include "cpu/tensors.h"
 
 namespace mnops {
-namespace {
-
-MeasuredResult forward(const Tensor& x, const Tensor& weight, const MaybeTensor& mean, const MaybeTensor& var,
-                       const MaybeTensor& gamma, const MaybeTensor& beta, double eps, std::string act, Ints stride,
-                       Ints padding, Ints dilation, bool measure) {
+MeasuredResult cpu::depthwise_conv2d(const Tensor& x, const Tensor& weight, const PendingTensors& norm, const Ints& stride,
+                                     const Ints& padding, const Ints& dilation, bool measure) {
   const DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
   check_weight(weight, x);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> MeasuredResult {
     using T = decltype(zero);
     const Tensor xl = channels_last(x);
     const Array<T> w(weight, weight.numel(), "weight");
-    const PendingArrays<T> pending({mean, var, gamma, beta, eps, act}, x);
+    const PendingArrays<T> pending(norm, x);
     const Measured<T> out(x, {s.n, s.c, s.ho, s.wo}, measure);
     if (out.y.numel())
-      depthwise_conv2d<T>(kernels, torch_threads(), s, xl.const_data_ptr(), w.data, pending.pending, out.y.mutable_data_ptr(),
-                          out.mean_data(), out.var_data());
+      mnops::depthwise_conv2d<T>(kernels, torch_threads(), s, xl.const_data_ptr(), w.data, pending.pending,
+                                 out.y.mutable_data_ptr(), out.mean_data(), out.var_data());
     return {in_layout_of(x, out.y), out.mean, out.var};
   });
+}
+
+namespace {
+
+MeasuredResult forward(const Tensor& x, const Tensor& weight, const MaybeTensor& mean, const MaybeTensor& var,
+                       const MaybeTensor& gamma, const MaybeTensor& beta, double eps, std::string act, Ints stride,
+                       Ints padding, Ints dilation, bool measure) {
+  return cpu::depthwise_conv2d(x, weight, {mean, var, gamma, beta, eps, act}, stride, padding, dilation, measure);
 }
 
 ConvGradResult backward(const Tensor& g, const MaybeTensor& g_mean, const MaybeTensor& g_var, const Tensor& y,

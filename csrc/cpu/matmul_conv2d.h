@@ -14,14 +14,24 @@ template <class T> Array<T> weight_matrix(const Tensor& weight) {
                   weight.numel(), "weight");
 }
 
+// The memory of `packed`, where that is of such a weight, and packed for x's dtype.
+template <class T> const void* packed_data(const Kernels<T>& kernels, const MaybeTensor& packed, const Tensor& weight, const Tensor& x) {
+  if (!packed || weight.scalar_type() != x.scalar_type()) return nullptr;
+  const int64_t bytes = ceil_div(weight.size(0), kernels.nr) * kernels.pointwise_packing.panel_bytes(weight.size(1));
+  STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Float && packed->numel() == ceil_div(bytes, 4), "mnops: the packed weight must have ",
+                  ceil_div(bytes, 4), " elements, got ", packed->numel());
+  return packed->const_data_ptr();
+}
+
 struct MatmulShape {
   int64_t m, k, o;
   std::vector<int64_t> y_size;
   const Window* window;  // null for a pointwise convolution
 };
 
+// gate: (N, C) in the dtype that x is computed in: factors of what is multiplied. packed: by pack_pointwise.
 inline MeasuredResult matmul_forward(const MatmulShape& s, const Tensor& x, const Tensor& weight, const PendingTensors& norm,
-                                     bool measure) {
+                                     bool measure, const MaybeTensor& gate = std::nullopt, const MaybeTensor& packed = std::nullopt) {
   check_weight(weight, x);
   return with_kernels(x, [&](const auto& kernels, auto zero) -> MeasuredResult {
     using T = decltype(zero);
@@ -29,13 +39,15 @@ inline MeasuredResult matmul_forward(const MatmulShape& s, const Tensor& x, cons
     const Array<T> w = weight_matrix<T>(weight);
     const PendingArrays<T> pending(norm, x);
     const Measured<T> out(x, s.y_size, measure);
+    const Array<T> gates(gate, x.size(0) * s.k, "gate");
+    const Gate<T> factors{gates.data, x.size(2) * x.size(3)};
     void* const y = out.y.mutable_data_ptr();
     if (out.y.numel() && s.window)
       stem_conv2d<T>(kernels, torch_threads(), x.size(0), *s.window, s.o, xl.const_data_ptr(), w.data, pending.pending, y,
                      out.mean_data(), out.var_data());
     else if (out.y.numel())
       pointwise_conv2d<T>(kernels, torch_threads(), s.m, s.k, s.o, xl.const_data_ptr(), w.data, pending.pending, y, out.mean_data(),
-                          out.var_data());
+                          out.var_data(), factors, packed_data(kernels, packed, weight, x));
     return {in_layout_of(x, out.y), out.mean, out.var};
   });
 }

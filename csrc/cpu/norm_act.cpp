@@ -1,6 +1,7 @@
 // norm_act and norm_act_pool: the same passes over pixels, the second averaged over each image.
 #include "cpu/drivers/norm_act.h"
 
+#include "cpu/forward.h"
 #include "cpu/tensors.h"
 
 namespace mnops {
@@ -24,14 +25,23 @@ Tensor run(bool pool, const Tensor& x, const PendingTensors& norm, const MaybeTe
   });
 }
 
+}  // namespace
+
+Tensor cpu::norm_act(const Tensor& x, const PendingTensors& norm, const MaybeTensor& residual) {
+  return run(false, x, norm, residual);
+}
+Tensor cpu::norm_act_pool(const Tensor& x, const PendingTensors& norm) { return run(true, x, norm, std::nullopt); }
+
+namespace {
+
 Tensor forward(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
                const MaybeTensor& beta, double eps, std::string act, const MaybeTensor& residual) {
-  return run(false, x, {mean, var, gamma, beta, eps, act}, residual);
+  return cpu::norm_act(x, {mean, var, gamma, beta, eps, act}, residual);
 }
 
 Tensor forward_pool(const Tensor& x, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
                     const MaybeTensor& beta, double eps, std::string act) {
-  return run(true, x, {mean, var, gamma, beta, eps, act}, std::nullopt);
+  return cpu::norm_act_pool(x, {mean, var, gamma, beta, eps, act});
 }
 
 template <bool pool>

@@ -44,9 +44,10 @@ template <class T> struct Array {
 template <class T> struct PendingArrays {
   Array<T> mean, var, gamma, beta;
   Pending<T> pending;
-  PendingArrays(const PendingTensors& p, const Tensor& x)
-      : mean(vector(p.mean, x, "mean")), var(vector(p.var, x, "var")), gamma(vector(p.gamma, x, "weight of the norm")),
-        beta(vector(p.beta, x, "bias of the norm")),
+  PendingArrays(const PendingTensors& p, const Tensor& x) : PendingArrays(p, x, x.size(1)) {}
+  PendingArrays(const PendingTensors& p, const Tensor& x, int64_t c)
+      : mean(vector(p.mean, c, "mean")), var(vector(p.var, c, "var")), gamma(vector(p.gamma, c, "weight of the norm")),
+        beta(vector(p.beta, c, "bias of the norm")),
         pending{mean.data, var.data, gamma.data, beta.data, p.eps, parse_act(p.act)} {
     STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "mnops: C, H and W of x must be positive");
     STD_TORCH_CHECK((p.mean && p.var) || !(p.mean || p.var || p.gamma || p.beta),
@@ -54,10 +55,10 @@ template <class T> struct PendingArrays {
   }
 
  private:
-  static Array<T> vector(const MaybeTensor& t, const Tensor& x, const char* name) {
+  static Array<T> vector(const MaybeTensor& t, int64_t c, const char* name) {
     STD_TORCH_CHECK(!t || (t->dim() == 1 && t->scalar_type() == scalar_type_of<T>()), "mnops: ", name,
                     " must be (C,) in the dtype that x is computed in");
-    return Array<T>(t, x.size(1), name);
+    return Array<T>(t, c, name);
   }
 };
 

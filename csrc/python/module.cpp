@@ -63,11 +63,11 @@ template <class F> py::object with_storage(const std::string& isa_name, const py
 }
 
 DepthwiseShape depthwise_shape(const py::array& x, const py::array& w, std::pair<int, int> stride, std::vector<int> padding,
-                               std::pair<int, int> dilation) {
-  if (x.ndim() != 4 || w.ndim() != 3 || w.shape(0) != x.shape(3)) throw py::value_error("x must be (N, H, W, C), weight (C, kh, kw)");
+                               std::pair<int, int> dilation, int64_t c = -1) {  // c: channels, where they are not x's
+  if (x.ndim() != 4 || w.ndim() != 3 || w.shape(0) != (c < 0 ? x.shape(3) : c)) throw py::value_error("x must be (N, H, W, C), weight (C, kh, kw)");
   if (padding.size() != 4) throw py::value_error("padding must be (top, bottom, left, right)");
   DepthwiseShape s{};
-  s.n = x.shape(0), s.h = x.shape(1), s.w = x.shape(2), s.c = x.shape(3), s.kh = int(w.shape(1)), s.kw = int(w.shape(2));
+  s.n = x.shape(0), s.h = x.shape(1), s.w = x.shape(2), s.c = w.shape(0), s.kh = int(w.shape(1)), s.kw = int(w.shape(2));
   s.sh = stride.first, s.sw = stride.second, s.dh = dilation.first, s.dw = dilation.second;
   s.pad_top = padding[0], s.pad_left = padding[2];
   s.ho = (s.h + padding[0] + padding[1] - s.dh * (s.kh - 1) - 1) / s.sh + 1;
@@ -139,7 +139,8 @@ py::object depthwise_backward(const std::string& isa, py::array g, py::array y, 
   });
 }
 
-py::object pointwise(const std::string& isa, py::array x, py::array weight, py::dict norm, bool measure) {
+py::object pointwise(const std::string& isa, py::array x, py::array weight, py::dict norm, bool measure,
+                     const std::optional<py::array>& gate) {
   return with_storage(isa, x, [&](const auto& kernels, auto zero) -> py::object {
     using T = decltype(zero);
     const auto w = py::cast<Dense<T>>(weight);
@@ -147,9 +148,13 @@ py::object pointwise(const std::string& isa, py::array x, py::array weight, py::
     const int64_t m = x.shape(0), k = x.shape(1), o = w.shape(0);
     const PendingArrays<T> p(norm, k);
     py::array y = like(x, {m, o});
-    Dense<T> mean(o), var(o);
+    Dense<T> mean(o), var(o), factors;
+    if (gate) factors = py::cast<Dense<T>>(*gate);
+    if (gate && (factors.ndim() != 2 || factors.shape(1) != k || factors.shape(0) < 1 || m % factors.shape(0)))
+      throw py::value_error("gate must be (images, C), of equally many pixels each");
     pointwise_conv2d<T>(kernels, one_thread, m, k, o, x.data(), w.data(), p.pending, y.mutable_data(),
-                        measure ? mean.mutable_data() : nullptr, measure ? var.mutable_data() : nullptr);
+                        measure ? mean.mutable_data() : nullptr, measure ? var.mutable_data() : nullptr,
+                        gate ? Gate<T>{factors.data(), m / factors.shape(0)} : Gate<T>{});
     return py::make_tuple(y, none_or(mean, measure), none_or(var, measure));
   });
 }
@@ -222,15 +227,23 @@ py::object stem_backward(const std::string& isa, py::array g, py::array y, py::o
 }
 
 py::object separable(const std::string& isa, py::array x, py::array depthwise_weight, py::dict norm, py::dict mid, py::array weight,
-                     std::pair<int, int> stride, std::vector<int> padding, std::pair<int, int> dilation) {
+                     std::pair<int, int> stride, std::vector<int> padding, std::pair<int, int> dilation,
+                     const std::optional<py::array>& expand_weight, py::dict on_x) {
   return with_storage(isa, x, [&](const auto& kernels, auto zero) -> py::object {
     using T = decltype(zero);
     const auto taps = py::cast<Dense<T>>(depthwise_weight), w = py::cast<Dense<T>>(weight);
-    const DepthwiseShape s = depthwise_shape(x, taps, stride, padding, dilation);
+    Dense<T> first;
+    if (expand_weight) first = py::cast<Dense<T>>(*expand_weight);
+    if (expand_weight && (x.ndim() != 4 || first.ndim() != 2 || first.shape(1) != x.shape(3)))
+      throw py::value_error("expand_weight must be (C, K), with x (N, H, W, K)");
+    const DepthwiseShape s = depthwise_shape(x, taps, stride, padding, dilation, expand_weight ? first.shape(0) : -1);
     if (w.ndim() != 2 || w.shape(1) != s.c) throw py::value_error("weight must be (O, C)");
     const PendingArrays<T> p(norm, s.c), q(mid, s.c);
+    const PendingArrays<T> before(on_x, x.shape(3));
+    const Expand<T> expand{x.shape(3), first.data(), before.pending, nullptr};
     py::array y = like(x, {s.n, s.ho, s.wo, w.shape(0)});
-    separable_conv2d<T>(kernels, one_thread, s, w.shape(0), x.data(), p.pending, taps.data(), q.pending, w.data(), y.mutable_data());
+    separable_conv2d<T>(kernels, one_thread, s, w.shape(0), x.data(), p.pending, taps.data(), q.pending, w.data(), y.mutable_data(),
+                        expand_weight ? &expand : nullptr);
     return y;
   });
 }
@@ -318,7 +331,7 @@ PYBIND11_MODULE(_C, m) {
         arg("mean_y"), arg("x"), arg("weight"), arg("norm"), arg("stride") = one,
         arg("padding") = std::vector<int>{0, 0, 0, 0}, arg("dilation") = one, "-> dx, dweight, dmean, dvar, dgamma, dbeta");
   m.def("pointwise_conv2d", &pointwise, arg("instruction_set"), arg("x"), arg("weight"), arg("norm"), arg("measure") = true,
-        "x (pixels, C), weight (O, C) -> y, mean, var");
+        arg("gate") = py::none(), "x (pixels, C), weight (O, C), gate (images, C) -> y, mean, var");
   m.def("pointwise_conv2d_backward", &pointwise_backward, arg("instruction_set"), arg("g"), arg("y"), arg("g_mean"), arg("g_var"),
         arg("mean_y"), arg("x"), arg("weight"), arg("norm"), "-> dx, dweight, dmean, dvar, dgamma, dbeta");
   m.def("stem_conv2d", &stem, arg("instruction_set"), arg("x"), arg("weight"), arg("norm"), arg("stride") = one,
@@ -328,7 +341,8 @@ PYBIND11_MODULE(_C, m) {
         arg("need_input") = true, "-> dx, dweight, dmean, dvar, dgamma, dbeta; dweight alone without need_input");
   m.def("separable_conv2d", &separable, arg("instruction_set"), arg("x"), arg("depthwise_weight"), arg("norm"), arg("mid"),
         arg("weight"), arg("stride") = one, arg("padding"), arg("dilation") = one,
-        "x (N, H, W, C), depthwise_weight (C, kh, kw), weight (O, C) -> y (N, Ho, Wo, O)");
+        arg("expand_weight") = py::none(), arg("on_x") = py::dict(),
+        "x (N, H, W, C), depthwise_weight (C, kh, kw), weight (O, C) -> y (N, Ho, Wo, O); with expand_weight (C, K) x is (N, H, W, K)");
   m.def("norm_act", &norm_act_numpy<false>, arg("instruction_set"), arg("x"), arg("norm"), arg("residual") = py::none(),
         "x, residual (N, pixels, C) -> z + residual");
   m.def("norm_act_backward", &norm_act_backward_numpy<false>, arg("instruction_set"), arg("g"), arg("x"), arg("norm"),

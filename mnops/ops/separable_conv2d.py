@@ -1,12 +1,10 @@
 """separable_conv2d: a whole block for inference, the depthwise result never stored."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mnops import reference
 from mnops.ops import _contract as c
 from mnops.ops import _register as r
 from mnops.ops.depthwise_conv2d import check as check_depthwise
@@ -78,74 +76,6 @@ def flops(x_shape, depthwise_shape, weight_shape, *args, out_shape, **kwargs) ->
 
 
 r.register_inference(NAME, fake, flops)
-
-
-CHAIN = "separable_chain"
-
-
-class SeparableBlock(NamedTuple):
-    """The arguments of one `separable_conv2d`, x apart; norm is what is pending on its input."""
-
-    depthwise_weight: Tensor
-    weight: Tensor
-    norm: Sequence[Tensor]
-    eps: float
-    mid: Sequence[Tensor]
-    mid_eps: float
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-
-
-def separable_chain(x: Tensor, blocks: Sequence[SeparableBlock], act: str) -> Tensor:
-    """`separable_conv2d` block by block in one call: on a small image a call takes as long as its kernel.
-
-    Args:
-        x: (N, C, H, W), what the first block's norm is pending on.
-        blocks: their norms with all four vectors; their paddings (top, bottom, left, right).
-        act: every activation of the blocks, the pending ones too.
-
-    Returns:
-        What `separable_conv2d` gives of the last block.
-
-    Raises:
-        ValueError, TypeError: as `separable_conv2d` of the block that breaks its contract.
-        RuntimeError: if a gradient is asked for.
-    """
-    tensors, eps, geometry = [], [], []
-    for block in blocks:
-        tensors += (block.depthwise_weight, block.weight, *block.norm, *block.mid)
-        eps += (block.eps, block.mid_eps)
-        geometry += (*block.stride, *block.padding, *block.dilation)
-    if r.needs_grad((x, *tensors)):
-        rule = "it is for inference, under torch.no_grad(), got a tensor that requires grad"
-        raise RuntimeError(f"{CHAIN}: {rule}")
-    return r.run(CHAIN, (x, tensors, eps, act, geometry), check_chain)
-
-
-def check_chain(x, tensors, eps, act, geometry) -> tuple[int, ...]:
-    shape = x.shape
-    for args in reference.of_each_block(tensors, eps, act, geometry):
-        shape = check(x.new_empty(shape) if shape != x.shape else x, *args)
-    return shape
-
-
-def fake_chain(x, *args):
-    return r.like(x, check_chain(x, *args))
-
-
-def flops_chain(x_shape, tensor_shapes, eps, act, geometry, **kwargs) -> int:
-    n, _, *size = x_shape
-    total = 0
-    for taps, weight, *_, stride, padding, dilation in reference.of_each_block(tensor_shapes, eps, act, geometry):
-        for i in range(2):
-            room = size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (taps[2] - 1) - 1
-            size[i] = room // stride[i] + 1
-        total += flops(x_shape, taps, weight, out_shape=(n, weight[0], *size))
-    return total
-
-
-r.register_inference(CHAIN, fake_chain, flops_chain)
 
 
 # What the CUDA kernel asks: the stable ABI knows nothing of torch's switches.

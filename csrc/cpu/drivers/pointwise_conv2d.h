@@ -26,22 +26,34 @@ const void* pack_matrix(const Packing<T>& packing, int nr, const Threads& thread
   return packed;
 }
 
+// Factors for the channels of each image, (n, k), each of `pixels` pixels.
+template <class T> struct Gate {
+  const T* data = nullptr;
+  int64_t pixels = 1;
+};
+
 template <class T>
 void pointwise_conv2d(const Kernels<T>& kernels, const Threads& threads, int64_t m, int64_t k, int64_t o, const void* x,
-                      const T* weight, const Pending<T>& pending, void* y, T* mean, T* var) {
+                      const T* weight, const Pending<T>& pending, void* y, T* mean, T* var, const Gate<T>& gate = {},
+                      const void* packed = nullptr) {
   Pointwise<T> p{};
   p.m = m, p.k = k, p.o = o;
-  const int count = threads.worth(m * (k + o));
+  const int count = threads.worth(m * (k + o) + k * o);
   const NormVectors<T> norm(pending, k);
   p.x = x, p.out = y, p.weight = weight, p.norm = norm.norm, p.measure = mean != nullptr;
   p.stream = worth_streaming(m * o * int64_t(sizeof(T)));
+
+  const int64_t images = gate.data ? m / gate.pixels : 0;
+  const Buffer<T> gates = zeros<T>(images * padded(k));
+  for (int64_t n = 0; n < images; n++) std::copy_n(gate.data + n * k, k, gates.get() + n * padded(k));
+  p.gate = gate.data ? gates.get() : nullptr, p.image = gate.pixels;
 
   // A block of z in half of L2. Few pixels against the weights (a small batch on a late layer): the output channels are cut
   // instead, and all of z is one block.
   const int64_t panels = ceil_div(o, kernels.nr);
   const bool by_panel = few_pixels(m, k) && panels >= count;
   p.mc = by_panel ? ceil_div(m, kernels.mr) * kernels.mr : block_of_pixels<T>(192 * 1024, k, m, kernels.mr);
-  p.packed = by_panel ? nullptr : pack_matrix(kernels.pointwise_packing, kernels.nr, threads, weight, o, k, true);
+  p.packed = packed ? packed : by_panel ? nullptr : pack_matrix(kernels.pointwise_packing, kernels.nr, threads, weight, o, k, true);
   const ThreadMoments moments(count, o);
   const size_t bytes = kernels.pointwise_forward_scratch(p);
   threads.run(count, [&](int t) {

@@ -143,14 +143,26 @@ template <class V, class P> MNOPS_INLINE int64_t product_steps(int64_t rows, int
   return (rows + Shape<V>::mr - 1) / Shape<V>::mr * (kr<P> > 1 ? 1 : (k + Shape<V>::nr - 1) / Shape<V>::nr) * panels;
 }
 
+// f(tag of a height, first row) for the micro-tiles of so many rows. Where the last one would be partly empty, as many tiles
+// as it lacks rows are one row lower: the 49 pixels of a 7 x 7 map are 4 x 6 + 5 x 5, not 9 x 6.
+template <class V, class P, class F> MNOPS_INLINE void in_tiles(int64_t rows, F f) {
+  constexpr int MR = Shape<V>::mr;
+  const int64_t tiles = (rows + MR - 1) / MR, lower = tiles * MR - rows, full = kr<P> > 1 || lower > tiles ? tiles : tiles - lower;
+  int64_t r = 0;
+  for (; r < full * MR; r += MR) f(IntTag<MR>{}, r);
+  if constexpr (kr<P> == 1)
+    for (; r < rows; r += MR - 1) f(IntTag<MR - 1>{}, r);
+}
+
 // Block product: tile[rows][nr] = panels of A times one packed panel of B, `rows` rounded up to mr. `ahead` is fetched
 // meanwhile.
 template <class V, class P, class Ahead>
 void multiply_block(const P* a, int64_t mc, int64_t rows, int64_t k, const P* b, typename V::T* tile, Ahead&& ahead) {
-  constexpr int NR = Shape<V>::nr, MR = Shape<V>::mr;
-  for (int64_t r = 0; r < rows; r += MR)
-    micro_kernel<V, MR, NR, 1>(
+  constexpr int NR = Shape<V>::nr;
+  in_tiles<V, P>(rows, [&](auto height, int64_t r) {
+    micro_kernel<V, height.value, NR, 1>(
         a + r * NR, mc * NR, k, NR, b, [&](int i, int v, V c) { c.store(tile + (r + i) * NR + v * V::N); }, ahead);
+  });
 }
 
 // Weight gradient of one panel pair: gw[o0 .. o0 + nr)[nr] += sum over rows of gy panel^T z panel; `first`: = that.
@@ -237,6 +249,19 @@ MNOPS_INLINE void pack_pixels(const Pointwise<T>& p, int64_t m0, int64_t rows, i
 
 // ---------------------------------------------------------------- forward
 
+// The packed pixels times their image's factors. A second pass, but over what lies in L1.
+template <class V, class P, class T> MNOPS_INLINE void multiply_by_gate(const Pointwise<T>& p, int64_t m0, int64_t rows, P* panel, int64_t c) {
+  constexpr int NV = Shape<V>::nv, NR = Shape<V>::nr;
+  for (int64_t m = m0; m < m0 + rows;) {
+    const int64_t n = m / p.image, end = least(m0 + rows, (n + 1) * p.image);
+    V factor[NV];
+    for (int v = 0; v < NV; v++) factor[v] = V::load(p.gate + n * round_up(p.k, channel_quantum) + c + v * V::N);
+    for (; m < end; m++, panel += NR)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) (V::load(panel + v * V::N) * factor[v]).store(panel + v * V::N);
+  }
+}
+
 template <class P, class T> size_t pointwise_forward_scratch(const Pointwise<T>& p) {
   using V = typename Vec<T>::type;
   Arena a{nullptr};
@@ -299,7 +324,9 @@ void pointwise_forward(const Pointwise<T>& p, int64_t begin, int64_t end, int64_
   const S* x = static_cast<const S*>(p.x);
   for (int64_t m0 = begin; m0 < end; m0 += p.mc) {
     const int64_t rows = least(p.mc, end - m0), next = m0 + rows, next_rows = least(p.mc, end - next);
-    pack_pixels<V, S>(p, m0, rows, 0, (p.k + NR - 1) / NR, z);
+    const int64_t panels = (p.k + NR - 1) / NR;
+    pack_pixels<V, S>(p, m0, rows, 0, panels, z);
+    for (int64_t q = 0; p.gate && q < panels; q++) multiply_by_gate<V>(p, m0, rows, z + q * p.mc * NR, q * NR);
     Ahead<S> ahead{};
     ahead.add(x + next * p.k, next_rows, p.k, p.k);
     ahead.start(product_steps<V, P>(rows, p.k, panel_end - panel_begin));
