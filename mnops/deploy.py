@@ -14,7 +14,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mnops.fuse import Conv2d as FusedConv2d
 from mnops.fuse import SyncBatchNorm as FusedSyncBatchNorm
+from mnops.fuse import watch_as_one
 from mnops.nn import Folded, has_hooks
+from mnops.plan import follow_plans
 
 __all__ = ["deploy"]
 
@@ -30,6 +32,13 @@ def deploy(model: nn.Module) -> nn.Module:
     A BatchNorm is folded where torch.fx sees it, and nothing else, take the output of a convolution; a module
     that torch.fx cannot trace is looked for such pairs in its parts. The copy runs here as the model does,
     fused where it is; exported it is convolutions with bias and activations, without mnops.
+
+    A fused copy runs on a CPU by a plan (mnops/plan.py), its graph, in which all layers in a row are one call: made and
+    tried on a copy when it is first called, and again after one of its modules was changed. It reads the tensors as
+    they are then, but for the weights of 1x1 convolutions, which it packs once, and again when their version or their
+    memory is another: a write through `.data` or NumPy is not seen. The copy's own forward runs under hooks,
+    gradients, autocast, torch.func and compilers, and where the graph is not all that a forward does: random numbers,
+    attributes written.
 
     Args:
         model: `mnops.MobileNet`, a model given to `mnops.fuse`, or any other. It is left as it is.
@@ -50,6 +59,11 @@ def deploy(model: nn.Module) -> nn.Module:
         if rest is not None:
             conv.weight, conv.bias = _folded(conv, norm)
             _replace(model, norm, rest)
+    watch_as_one(model)
+    for part, _ in _graphs(model):
+        own = type(part) is not FusedConv2d and "forward" not in part.__dict__
+        if own and any(type(m) is FusedConv2d for m in part.modules()):
+            follow_plans(part)
     left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")

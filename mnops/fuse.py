@@ -253,9 +253,8 @@ def fuse(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = 
     for _, module in _visited(model):
         if type(module) is nn.SyncBatchNorm:
             module.__class__ = SyncBatchNorm
-    if found and _give_real not in model._forward_hooks.values():
-        model.register_forward_pre_hook(_adopt)
-        model.register_forward_hook(_give_real, prepend=True)
+    if found and not _is_watched(model):
+        _watch(model)
     return model
 
 
@@ -265,10 +264,32 @@ def unfuse(model: nn.Module) -> nn.Module:
         if type(module) in STOCK:
             module.__class__ = STOCK[type(module)]
             module.__dict__.pop("mnops_name", None)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_adopt, _give_real)]:
-                del hooks[key]
+        _unwatch(module)
     return model
+
+
+def watch_as_one(model: nn.Module) -> None:
+    """The hooks of a fused model, and of the parts of it that were given to fuse, on the whole of it alone."""
+    watched = [module for module in model.modules() if _is_watched(module)]
+    for module in watched:
+        _unwatch(module)
+    if watched:
+        _watch(model)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return _give_real in module._forward_hooks.values()
+
+
+def _watch(model: nn.Module) -> None:
+    model.register_forward_pre_hook(_adopt)
+    model.register_forward_hook(_give_real, prepend=True)
+
+
+def _unwatch(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_adopt, _give_real)]:
+            del hooks[key]
 
 
 def _adopt(module: nn.Module, args: Any) -> None:

@@ -65,6 +65,11 @@ def listening(listener: Callable[[str, str], None]) -> Iterator[None]:
 _warn = False
 
 
+def is_observed() -> bool:
+    """Whether somebody wants to be told what happens."""
+    return bool(_listeners) or _warn
+
+
 class fallback_warnings:
     """Switch: warn (FallbackWarning) whenever a fused layer runs as stock modules, and say why.
 

@@ -24,8 +24,7 @@ from mnops import backends, lazy, ops, sync
 from mnops.functional import refuse_single_value, running_statistics, update_running
 from mnops.ops import Pending
 from mnops.ops._contract import same_padding
-from mnops.ops.separable_conv2d import SeparableBlock
-from mnops.ops.separable_conv2d import separable_chain as run_separable
+from mnops.ops.run_layers import Layers, run_layers
 from mnops.recompute import recomputed
 from mnops.reference import ACTIVATIONS, wide
 from mnops.unchanged import Unchanged
@@ -138,7 +137,7 @@ def separable_chain(module: nn.Sequential, x: Tensor | Pending) -> Pending | Non
     tensor, *norm, eps, act = x
     if backends.wants_stock(tensor) or torch.is_autocast_enabled(device := tensor.device.type):
         return None
-    if not backends.together("separable_conv2d", "separable_chain", device=device) or any(v is None for v in norm):
+    if not backends.together("separable_conv2d", "run_layers", device=device):
         return None
     unchanged, plan = _plans.get(module, (False, None))
     if not unchanged:
@@ -147,16 +146,16 @@ def separable_chain(module: nn.Sequential, x: Tensor | Pending) -> Pending | Non
         _plans[module] = Unchanged(module), plan
     if act != plan.act:
         return None
-    first = plan.blocks[0]._replace(norm=norm, eps=eps)
-    return Pending(run_separable(tensor, [first, *plan.blocks[1:]], act), *plan.norm, plan.eps, act)
+    (y,) = run_layers((tensor,), plan.layers.after_norm(*norm, eps, act), (plan.y,))
+    return Pending(y, *_frozen(*plan.last, y, act))
 
 
 class Plan(NamedTuple):
-    """What `separable_chain` computes of a module, without the norm of the first block, which comes with x."""
+    """What `separable_chain` runs: `layers` give y, whose norm `last` stays pending; act is that of every norm."""
 
-    blocks: list[SeparableBlock]
-    norm: list[Tensor]
-    eps: float
+    layers: Layers
+    y: int
+    last: tuple[nn.Module, nn.Conv2d]
     act: str
 
 
@@ -165,8 +164,9 @@ _plans: weakref.WeakKeyDictionary[nn.Sequential, tuple[Unchanged, Plan]] = weakr
 
 
 def _plan(module: nn.Sequential, x: Tensor) -> Plan | None:
-    """Of the modules alone, no value of theirs: or None, where they need more than `separable_chain`."""
-    blocks, norm, eps, act = [], [], 0.0, None
+    """Of the modules alone, no value of theirs: or None, where they need more than separable convolutions."""
+    layers, last, act = Layers(), None, None
+    y = layers.norm(0)
     for block in _leaves(module):
         known = type(block) is DepthwiseSeparable and block.fused and not has_hooks(block)
         if not known or act not in (None, block.act):
@@ -175,18 +175,26 @@ def _plan(module: nn.Sequential, x: Tensor) -> Plan | None:
         same = block.same or isinstance(conv_dw.padding, str)
         if same or not _separable(conv_dw, bn1, conv_pw, bn2, same):
             return None
-        if any(_parameter(conv, "bias") is not None for conv in (conv_dw, conv_pw)):
+        biased = ((bn1, conv_dw), (bn2, conv_pw))
+        if any(type(bn) is not Folded and _parameter(conv, "bias") is not None for bn, conv in biased):
             return None  # it changes the mean
         height, width = conv_dw.padding
-        *mid, mid_eps, act = _frozen(bn1, conv_dw, x, block.act)
-        blocks.append(SeparableBlock(
-            _parameter(conv_dw, "weight"), _parameter(conv_pw, "weight"), norm, eps, mid, mid_eps,
-            conv_dw.stride, (height, height, width, width), conv_dw.dilation
-        ))  # fmt: skip
-        *norm, eps, _ = _frozen(bn2, conv_pw, x, act)
-        if any(v is None for v in (*mid, *norm)):
-            return None
-    return Plan(blocks, norm, eps, act) if blocks else None
+        act = block.act
+        if last is not None:
+            y = layers.norm(y, *_vectors(*last), act)
+        y = layers.depthwise(
+            y, _parameter(conv_dw, "weight"), conv_dw.stride, (height, height, width, width), conv_dw.dilation
+        )
+        y = layers.pointwise(layers.norm(y, *_vectors(bn1, conv_dw), act), _parameter(conv_pw, "weight"))
+        last = bn2, conv_pw
+    return Plan(layers, y, last, act) if last else None
+
+
+def _vectors(bn: nn.Module, conv: nn.Conv2d) -> tuple:
+    """mean, var, weight, bias and eps for `Layers.norm`, themselves: their values may change."""
+    if type(bn) is Folded:
+        return None, None, None, _parameter(conv, "bias"), 0.0
+    return *_running(bn, None, conv.weight), _parameter(bn, "weight"), _parameter(bn, "bias"), bn.eps
 
 
 def _separable(conv_dw: nn.Module, bn1: nn.Module, conv_pw: nn.Module, bn2: nn.Module, same: bool) -> bool:
