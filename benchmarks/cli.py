@@ -36,6 +36,9 @@ TABLES = {
         "inference": "net --pass infer",
         "torchvision": "net --networks --torchvision mobilenet_v2 mobilenet_v3_large efficientnet_b0 --pass train "
         "--peers mnops torch-nchw torch-channels_last torch-compile",
+        "deployed": "net --networks --torchvision mobilenet_v2 mobilenet_v3_large efficientnet_b0 --pass infer "
+        "--batch 1 16 --peers mnops mnops-fused torch-nchw torch-channels_last torch-compile torch-frozen "
+        "onnxruntime openvino",
         "scaling": "net --networks 1.0-224 --pass train infer --batch 1 16 --threads 1 2 --budget 4 "
         "--peers mnops torch-channels_last onnxruntime openvino",
         "startup": "startup --peers mnops torch-channels_last torch-compile onnxruntime openvino",
@@ -70,7 +73,7 @@ TABLES = {
 }
 PEERS_OF = {
     "ops cpu": "mnops torch-nchw torch-channels_last torch-compile",
-    "net cpu": "mnops mnops-recompute torch-nchw torch-channels_last torch-compile torch-frozen timm "
+    "net cpu": "mnops mnops-recompute mnops-fused torch-nchw torch-channels_last torch-compile torch-frozen timm "
     "onnxruntime openvino xnnpack",
     # mnops by name of the backend: by default the reference serves on a GPU, until one has run the others' tests
     "ops cuda": "mnops-cuda mnops-triton torch-nchw torch-channels_last torch-compile",
@@ -105,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
             )
         if name == "net":
             p.add_argument("--networks", nargs="*", default=[n.name for n in shapes.networks()])
-            help_ = "its networks, and timm/NAME, fused"
+            help_ = "its networks, and timm/NAME, fused; for inference deployed"
             p.add_argument("--torchvision", nargs="*", default=[], metavar="MODEL", help=help_)
         if name in ("ops", "net"):
             passes = ["train", "infer"] + ["forward", "backward"] * (name == "ops")

@@ -12,6 +12,7 @@ from .selection import Group, groups, network_layers, stock, usual_threads
 COLORS = {
     "mnops": "#d62728",
     "mnops-recompute": "#ff9896",
+    "mnops-fused": "#f7b6d2",
     "torch-nchw": "#9ecae1",
     "torch-channels_last": "#4292c6",
     "torch-compile": "#08519c",

@@ -175,14 +175,17 @@ class Timm(Peer):
 
 @dataclass(frozen=True)
 class Mnops(Peer):
-    """mnops itself: `forced` names a backend, `options` go to mnops.MobileNet."""
+    """mnops itself: `forced` names a backend, `options` go to mnops.MobileNet, `deploy`: others are, for inference."""
 
     forced: str | None = None
+    deploy: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
     def why_not(self, case: Case, device: str) -> str | None:
         if self.options and type(case) is not NetworkCase:
             return "is an option of mnops.MobileNet"
+        if not self.deploy and not isinstance(case, TorchvisionCase):
+            return "is a fused network, not deployed"
         if case.suite == "ops" and case.layer.op == "stem" and case.form == "standalone":
             return "has the stem in the chained form only"
         return super().why_not(case, device) or self._unserved(case, device)
@@ -246,6 +249,8 @@ class Mnops(Peer):
             )
         if isinstance(case, TorchvisionCase):
             module = mnops.fuse(case.module())
+            if case.phase == "infer" and self.deploy:
+                module = mnops.deploy(module)
         elif case.suite == "net":
             module = mnops.MobileNet(width_mult=case.network.width, **dict(self.options))
             module.load_state_dict(case.weights)
@@ -322,6 +327,7 @@ PEERS: dict[str, Peer] = {
         Mnops("mnops-nchw", "NCHW", eager, "mnops"),
         Mnops("mnops-compile", "channels_last", compiled(), "mnops"),
         Mnops("mnops-recompute", "channels_last", eager, "mnops", ("train",), options=(("recompute", True),)),
+        Mnops("mnops-fused", "channels_last", eager, "mnops", ("infer",), deploy=False),
         Mnops("mnops-reference", "channels_last", eager, "mnops", forced="reference"),
         Mnops("mnops-cuda", "channels_last", eager, "mnops", forced="cuda"),
         Mnops("mnops-triton", "channels_last", eager, "mnops", forced="triton"),

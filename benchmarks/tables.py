@@ -54,7 +54,7 @@ def headlines(table: list[Row]) -> str:
             if mine and other:
                 case = work(mine).replace(f" {phase}", "")
                 both = [ms(mine["p50_ms"]), ms(other["p50_ms"]), other["contender"], ratio(other)]
-                prefix = "MobileNet-" if mine["op"] == "mobilenet_v1" else "fused "
+                prefix = "MobileNet-" if mine["op"] == "mobilenet_v1" else "fused " if phase == "train" else "deployed "
                 body.append([f"{what}, {prefix}{case}", *both, floors(mine)])
     for op in ("depthwise", "pointwise"):
         for form in ("chained", "standalone"):
