@@ -146,7 +146,6 @@ class Run(nn.Module):
             found = [y.contiguous() for y in found]
         return found
 
-
     def _packed(self) -> Layers:
         if any(weight.is_inference() for weight in self.products):  # which count no changes
             return self.layers

@@ -5,6 +5,9 @@
 // depthwise_conv2d.h, all channels of a row in one line), normalised as it leaves the registers, stored as panels that
 // fit L2, and multiplied; the product is stored from registers. Bytes moved: x and y once, and the weights from L2/L3
 // once a block. It loses where an image is a pixel or two wide.
+//
+// An inverted residual has a pointwise convolution before these. Then a line is not loaded: a row of x, packed once, times the
+// weights gives it, normalised as it leaves the registers, so that the expanded tensor, six times x, is never stored either.
 #pragma once
 #include "cpu/kernels/depthwise_conv2d.h"
 #include "cpu/kernels/pointwise_conv2d.h"
