@@ -79,11 +79,6 @@ def conv_output(x: Tensor, bias: Tensor | None, nchw: bool) -> Tensor:
     return x.contiguous() if nchw else x
 
 
-def _vectors(raw: Raw, *norm: Any) -> tuple:
-    """mean, var, gamma, beta, of which the graph takes those that there are."""
-    return lazy.normalised(raw, *norm)[1:5]
-
-
 class _Chain:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
